@@ -1,0 +1,131 @@
+"""Column types that every model uses.
+
+:class:`HalfVector` carries embeddings in PostgreSQL's binary format. pgvector's own SQLAlchemy types
+send text, which measures 30 times slower on writes (``benchmarks/writes.py``).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Dialect, Float
+from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.types import UserDefinedType
+
+from kotonoha_store.errors import InvalidVectorError
+
+EMBEDDING_DIMENSION: Final = 1536
+"""Length of every stored vector: the column is ``halfvec(1536)``, so this is schema and no setting."""
+
+HALF_MAX: Final = 65504.0
+"""The largest finite IEEE 754 half-precision number."""
+
+VectorLike = Sequence[float] | NDArray[np.floating[Any]]
+
+
+class PackedVector(bytes):
+    """A vector already checked and in the wire format: what :func:`pack_vector` returns."""
+
+    __slots__ = ()
+
+
+def check_vectors(vectors: Any, dimension: int = EMBEDDING_DIMENSION) -> NDArray[np.float32]:
+    """Return ``vectors`` as a float32 array of shape (n, dimension), each row fit to be stored.
+
+    Raises:
+        InvalidVectorError: not numbers, another shape, NaN, infinity, beyond half precision
+            (65504), or a row that is zero (cosine distance to it is undefined); the message names the row.
+    """
+    try:
+        array = np.asarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidVectorError(f"a vector must be {dimension} numbers: {error}") from None
+    if array.ndim != 2 or array.shape[1] != dimension:
+        found = f"{array.shape[-1]} numbers" if array.ndim else "a single number"
+        raise InvalidVectorError(
+            f"a vector must have {dimension} dimensions, got {found} (array of shape {array.shape})"
+        )
+    # Half precision decides: what is finite in float32 may overflow, and what is not zero may vanish.
+    magnitude = np.abs(array).max(axis=1, initial=0.0)
+    bad = np.flatnonzero(~(magnitude <= HALF_MAX) | (magnitude < np.finfo(np.float16).smallest_subnormal))
+    if bad.size:
+        row = int(bad[0])
+        if not np.isfinite(array[row]).all():
+            problem = "holds NaN or infinity"
+        elif magnitude[row] > HALF_MAX:
+            problem = f"holds a number beyond half precision (|x| <= {HALF_MAX:g})"
+        else:
+            problem = "is all zeros in half precision; cosine similarity to it is undefined"
+        raise InvalidVectorError(f"vector {row} {problem}")
+    return array
+
+
+def check_vector(vector: Any, dimension: int = EMBEDDING_DIMENSION) -> NDArray[np.float32]:
+    """Return one vector as a float32 array of shape (dimension,); raises as :func:`check_vectors`."""
+    try:
+        array = np.asarray(vector, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidVectorError(f"a vector must be {dimension} numbers: {error}") from None
+    if array.ndim != 1:
+        raise InvalidVectorError(f"a vector must be a flat sequence of {dimension} numbers, got shape {array.shape}")
+    return check_vectors(array[np.newaxis], dimension)[0]
+
+
+def pack_vectors(vectors: Any, dimension: int = EMBEDDING_DIMENSION) -> list[PackedVector]:
+    """Check many vectors at once and return each in pgvector's binary format.
+
+    The format (pgvector ``src/halfvec.c``, ``halfvec_send``): int16 dimension, int16 zero, then one
+    big-endian IEEE half per dimension.
+    """
+    halves = check_vectors(vectors, dimension).astype(">f2")
+    header = np.array([dimension, 0], dtype=">i2").tobytes()
+    return [PackedVector(header + row.tobytes()) for row in halves]
+
+
+def pack_vector(vector: Any, dimension: int = EMBEDDING_DIMENSION) -> PackedVector:
+    """Check one vector and return it in pgvector's binary format."""
+    return pack_vectors(check_vector(vector, dimension)[np.newaxis], dimension)[0]
+
+
+def unpack_vector(data: bytes) -> NDArray[np.float16]:
+    """Return the float16 array that pgvector's binary format holds."""
+    return np.frombuffer(data, dtype=">f2", offset=4).astype(np.float16)
+
+
+class HalfVector(UserDefinedType[NDArray[np.float16]]):
+    """``halfvec(dimension)``: binds lists and numpy arrays, returns numpy float16 arrays.
+
+    Both ways in binary, through the codec that :class:`Database` registers on each connection.
+
+    Raises:
+        InvalidVectorError: on bind, see :func:`check_vectors`.
+    """
+
+    cache_ok = True
+    # Else insertmanyvalues types the parameter as text.
+    render_bind_cast = True
+
+    def __init__(self, dimension: int = EMBEDDING_DIMENSION) -> None:
+        self.dimension = dimension
+
+    def get_col_spec(self, **_: Any) -> str:
+        return f"halfvec({self.dimension})"
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], bytes | None]:
+        dimension = self.dimension
+
+        def process(value: Any) -> bytes | None:
+            if value is None or isinstance(value, PackedVector):
+                return value
+            return pack_vector(value, dimension)
+
+        return process
+
+    class Comparator(UserDefinedType.Comparator[NDArray[np.float16]]):
+        def cosine_distance(self, other: Any) -> ColumnElement[float]:
+            """``<=>``: 1 - cosine similarity, in [0, 2]."""
+            # Without the return type SQLAlchemy would read the number through this type's processor.
+            return self.op("<=>", return_type=Float())(other)
+
+    comparator_factory = Comparator

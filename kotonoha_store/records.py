@@ -1,0 +1,466 @@
+"""Values that cross the library's boundary: frozen, detached from any connection.
+
+What comes in (:class:`Message`, :class:`SearchFilters`) is validated by pydantic; what goes out is a
+frozen, slotted dataclass.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+from uuid import UUID
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from kotonoha_store.errors import ErrorCode, InvalidInputError
+
+
+class SourceType(StrEnum):
+    """Where a knowledge source came from (``source_type_enum``)."""
+
+    DISCORD_SESSION = "discord_session"
+    DOCUMENT_FILE = "document_file"
+    WEB_PAGE = "web_page"
+    IMAGE_CAPTION = "image_caption"
+    AUDIO_TRANSCRIPT = "audio_transcript"
+
+
+class SessionStatus(StrEnum):
+    """Whether a session is in use or has been archived (``session_status_enum``)."""
+
+    ACTIVE = "active"
+    ARCHIVED = "archived"
+
+
+class SourceStatus(StrEnum):
+    """How far a source's chunks have come (``source_status_enum``).
+
+    ``partial``: some chunks are dead letters, the rest is searchable. ``failed``: all of them are.
+    """
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    PARTIAL = "partial"
+    FAILED = "failed"
+
+
+BIGINT_MAX = 2**63 - 1
+
+
+def check_text(value: str, what: str = "text") -> str:
+    """Return ``value`` if PostgreSQL can store it as UTF-8 text.
+
+    Raises:
+        InvalidInputError: it holds NUL or a lone surrogate.
+    """
+    if "\x00" in value:
+        raise InvalidInputError(
+            f"{what} holds a NUL character at position {value.index(chr(0))}, "
+            "which PostgreSQL cannot store; remove it"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"{what} holds a lone surrogate at position {error.start}, which is not valid Unicode; "
+            "decode the input with errors='replace'"
+        ) from None
+    return value
+
+
+def check_json(value: object, what: str = "JSON value") -> None:
+    """Refuse what ``jsonb`` would refuse, before the server does.
+
+    Raises:
+        InvalidInputError: NUL or a lone surrogate in a key or string, NaN or infinity, or a value
+            that JSON does not know; the message gives the path to it.
+    """
+    # A stack and not recursion: the nesting depth is the caller's.
+    stack: list[tuple[object, str]] = [(value, what)]
+    while stack:
+        item, path = stack.pop()
+        if isinstance(item, str):
+            check_text(item, path)
+        elif item is None or isinstance(item, (bool, int)):
+            continue
+        elif isinstance(item, float):
+            if item != item or item in (float("inf"), float("-inf")):
+                raise InvalidInputError(f"{path} is {item}, which JSON cannot hold")
+        elif isinstance(item, Mapping):
+            for key, inner in item.items():
+                if not isinstance(key, str):
+                    raise InvalidInputError(f"{path} has the key {key!r}; JSON keys are strings")
+                check_text(key, f"a key of {path}")
+                stack.append((inner, f"{path}.{key}"))
+        elif isinstance(item, (list, tuple)):
+            stack.extend((inner, f"{path}[{index}]") for index, inner in enumerate(item))
+        else:
+            raise InvalidInputError(f"{path} is a {type(item).__name__}, which JSON cannot hold")
+
+
+def _storable(value: str) -> str:
+    return check_text(value)
+
+
+def _storable_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    check_json(value)
+    return value
+
+
+StoredText = Annotated[str, AfterValidator(_storable)]
+BigInt = Annotated[int, Field(strict=True, ge=-BIGINT_MAX - 1, le=BIGINT_MAX)]
+JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_storable_json)]
+
+
+class _Input(BaseModel):
+    """Base of the validated inputs: frozen, unknown fields refused, errors are ours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            # The offending value may be private: name the field and the rule, not the input.
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or type(self).__name__}: {e['msg']}"
+                for e in error.errors(include_input=False, include_url=False)
+            )
+            raise InvalidInputError(f"invalid {type(self).__name__}: {problems}") from None
+
+
+class Message(_Input):
+    """One message of a conversation.
+
+    Attributes:
+        role: who speaks, as the chat APIs name it: ``user``, ``assistant``, ``system``, ``tool`` ...
+        content: the text; may be empty (an attachment alone).
+        timestamp: when it was said, with its time zone. None only for stored messages that never had one.
+        author: the speaker's display name.
+        message_id: the platform's id (64-bit integers survive), used for links.
+        metadata: anything else to keep with the message.
+    """
+
+    role: Annotated[StoredText, Field(min_length=1, max_length=64)]
+    content: StoredText
+    timestamp: AwareDatetime | None = Field(default_factory=lambda: datetime.now(UTC))
+    author: StoredText | None = None
+    message_id: BigInt | StoredText | None = None
+    metadata: JsonObject = Field(default_factory=dict)
+
+    @classmethod
+    def user(cls, content: str, **fields: Any) -> Self:
+        """A message of the person."""
+        return cls(role="user", content=content, **fields)
+
+    @classmethod
+    def assistant(cls, content: str, **fields: Any) -> Self:
+        """A message of the bot."""
+        return cls(role="assistant", content=content, **fields)
+
+    @classmethod
+    def system(cls, content: str, **fields: Any) -> Self:
+        """An instruction to the bot."""
+        return cls(role="system", content=content, **fields)
+
+    @classmethod
+    def from_stored(cls, data: object) -> Self:
+        """Read a message as another program may have stored it: leniently, losing nothing.
+
+        A missing role becomes ``user``, a missing or null content the empty text, an unreadable
+        timestamp None; unknown fields and unreadable values are kept under ``metadata``.
+        """
+        if not isinstance(data, dict):
+            return cls(role="user", content="", timestamp=None, metadata={"stored": data})
+        known = {name: data[name] for name in cls.model_fields if name in data}
+        metadata = dict(known.pop("metadata", None) or {}) if isinstance(data.get("metadata"), dict) else {}
+        known.pop("metadata", None)
+        metadata.update({name: value for name, value in data.items() if name not in cls.model_fields})
+        fields: dict[str, Any] = {"role": "user", "content": "", "timestamp": None}
+        for name, value in known.items():
+            if value is None:
+                continue
+            try:
+                fields[name] = getattr(cls(**{"role": "user", "content": "", name: value}), name)
+            except InvalidInputError:
+                metadata[name] = value
+        return cls(**fields, metadata=metadata)
+
+    def to_stored(self) -> dict[str, Any]:
+        """The JSON object that stands in ``sessions.messages``; absent fields are left out."""
+        stored: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        if not self.metadata:
+            del stored["metadata"]
+        return stored
+
+
+class SearchFilters(_Input):
+    """What a search is narrowed to; all that is given must hold.
+
+    Guild, channel, thread, user and source ids name the *scope*; a search without one of them must say
+    ``everywhere=True``. Unknown fields and values of the wrong type are refused.
+
+    Attributes:
+        guild_id, channel_id, thread_id, user_id: as on the session or document.
+        source_ids: only chunks of these sources.
+        source_types: only sources of these types.
+        since, until: only chunks whose messages were said at or after / before this time.
+        metadata: JSON that the source's metadata must contain (``@>``); 1 and "1" differ.
+    """
+
+    guild_id: BigInt | None = None
+    channel_id: BigInt | None = None
+    thread_id: BigInt | None = None
+    user_id: BigInt | None = None
+    source_ids: tuple[BigInt, ...] | None = None
+    source_types: tuple[SourceType, ...] | None = None
+    since: AwareDatetime | None = None
+    until: AwareDatetime | None = None
+    metadata: JsonObject | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise ValueError("since must lie before until")
+        return self
+
+    @property
+    def names_scope(self) -> bool:
+        """Whether it is narrowed to a guild, channel, thread, user or to sources."""
+        scope = (self.guild_id, self.channel_id, self.thread_id, self.user_id, self.source_ids)
+        return any(value is not None for value in scope)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it narrows nothing at all."""
+        return not self.model_dump(exclude_none=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Whose a session, source or chunk is. Discord's ids: signed 64-bit integers."""
+
+    guild_id: int | None = None
+    channel_id: int | None = None
+    thread_id: int | None = None
+    user_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("guild_id", "channel_id", "thread_id", "user_id"):
+            value = getattr(self, name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or not -BIGINT_MAX - 1 <= value <= BIGINT_MAX
+            ):
+                raise InvalidInputError(f"{name} must be a 64-bit integer, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A session as it was when it was read.
+
+    Attributes:
+        messages: those still in the session, oldest first (all, or the last n that were asked for).
+        message_count: how many the session holds.
+        messages_offset: how many were removed before them; ``messages_offset + i`` is a message's
+            absolute index for life.
+        last_archived_message_index: how many of the held messages are archived already.
+        version: raised by every change; what :meth:`SessionRepository.save` compares.
+    """
+
+    id: int
+    session_key: str
+    session_type: str
+    status: SessionStatus
+    scope: Scope
+    messages: tuple[Message, ...]
+    message_count: int
+    messages_offset: int
+    last_archived_message_index: int
+    version: int
+    rewrite_version: int
+    created_at: datetime
+    last_active_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """A session without its messages, as lists give it."""
+
+    id: int
+    session_key: str
+    session_type: str
+    status: SessionStatus
+    scope: Scope
+    message_count: int
+    version: int
+    created_at: datetime
+    last_active_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """What an append did: the session's id, its version, and how many messages it holds now."""
+
+    session_id: int
+    version: int
+    message_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """A knowledge source."""
+
+    id: int
+    type: SourceType
+    title: str
+    uri: str | None
+    status: SourceStatus
+    error_code: str | None
+    error_message: str | None
+    scope: Scope
+    metadata: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class NewChunk:
+    """A chunk to insert.
+
+    Attributes:
+        content: the text that is embedded and shown; not blank.
+        location: where in the source it stands (JSON).
+        token_count: tokens of ``content``.
+        occurred_from, occurred_to: when the first and the last thing in it was said.
+        embedding: a vector that exists already, with ``embedding_model``; else the chunk is queued.
+    """
+
+    content: str
+    location: dict[str, Any] = field(default_factory=dict)
+    token_count: int | None = None
+    occurred_from: datetime | None = None
+    occurred_to: datetime | None = None
+    embedding: Any = field(default=None, repr=False)
+    embedding_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentResult:
+    """What :meth:`Store.add_document` did.
+
+    Attributes:
+        added: chunks inserted, waiting for a vector.
+        kept: chunks whose text had not changed; their vectors stay.
+        removed: chunks of the earlier text that are gone.
+    """
+
+    source_id: int
+    added: int
+    kept: int
+    removed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedChunk:
+    """A chunk that this worker may embed until its lease ends.
+
+    Attributes:
+        attempt: 1 the first time.
+    """
+
+    chunk_id: int
+    source_id: int
+    content: str
+    attempt: int
+    token_count: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Jobs claimed together under one token. Writes that name another token change nothing."""
+
+    token: UUID
+    chunks: tuple[ClaimedChunk, ...]
+    expires_at: datetime | None
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        return tuple(chunk.chunk_id for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A chunk that could not be embedded, with all it needs to be queued again."""
+
+    id: int
+    original_chunk_id: int | None
+    source_id: int | None
+    source_title: str | None
+    content: str
+    error_code: ErrorCode | str | None
+    error_message: str | None
+    retry_count: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """How the queue stands: ready to claim, leased or deferred, dead; age of the oldest job in seconds."""
+
+    ready: int
+    waiting: int
+    dead: int
+    oldest_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchHit:
+    """A chunk that was found.
+
+    Attributes:
+        similarity: 1 - cosine distance, in [-1, 1]; nearer to 1 is nearer in meaning.
+        url: a link to the first message or the document, where one is known.
+        location: where in the source the chunk stands.
+    """
+
+    chunk_id: int
+    source_id: int
+    source_type: SourceType
+    title: str
+    url: str | None
+    content: str
+    similarity: float
+    location: dict[str, Any]
+    metadata: dict[str, Any]
+    occurred_from: datetime | None
+    occurred_to: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """What a search found, nearest first.
+
+    Attributes:
+        hits: at most top_k.
+        plan: ``exact`` (every candidate compared) or ``index`` (approximate, HNSW).
+        complete: False when the index returned fewer than top_k although more rows may exist.
+        hidden_by_threshold: found among the top_k, but below the threshold.
+        model: the embedding model searched.
+    """
+
+    hits: tuple[SearchHit, ...]
+    plan: Literal["exact", "index"]
+    complete: bool
+    hidden_by_threshold: int
+    model: str

@@ -1,0 +1,105 @@
+"""Every environment variable of the library, validated in one place.
+
+Secrets are :class:`pydantic.SecretStr`: no repr, log line or error shows them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kotonoha_store.errors import ConfigurationError
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """Settings from the environment and, when there is one, a ``.env`` file.
+
+    Each field is read from the environment variable of its own name in capitals; as keyword
+    arguments the names are lower case: ``Settings(kb_default_top_k=5)``.
+
+    Raises:
+        ConfigurationError: a value is out of its range; the message names the variable, never its value.
+    """
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True, frozen=True
+    )
+
+    # Where the database is. POSTGRES_HOST, when set, wins over DATABASE_URL; with neither, the
+    # embedded server serves.
+    database_url: SecretStr | None = None
+    postgres_host: str | None = None
+    postgres_port: Annotated[int, Field(ge=1, le=65535)] = 5433
+    postgres_db: str = "kotonoha"
+    postgres_user: str = "kotonoha"
+    postgres_password: SecretStr | None = None
+    kb_embedded_dir: Path | None = None
+    kb_embedded_version: Literal[16, 18] = 18
+
+    # Connections. Seconds.
+    db_pool_min_size: Annotated[int, Field(ge=0)] = 5
+    db_pool_max_size: Count = 20
+    db_command_timeout: Annotated[float, Field(gt=0)] = 60.0
+    db_connect_timeout: Annotated[float, Field(gt=0)] = 10.0
+    db_connect_attempts: Count = 5
+
+    # The HNSW index, read when migrating. Ranges: pgvector, "Index options".
+    kb_hnsw_m: Annotated[int, Field(ge=2, le=100)] = 16
+    kb_hnsw_ef_construction: Annotated[int, Field(ge=4, le=1000)] = 64
+
+    kb_similarity_threshold: Annotated[float, Field(ge=0, le=1)] = 0.7
+    kb_default_top_k: Annotated[int, Field(ge=1, le=1000)] = 10
+
+    # Which embedder Store.open() makes. auto: OpenAI when OPENAI_API_KEY or OPENAI_BASE_URL is set.
+    kb_embedder: Literal["auto", "openai", "local", "hashing"] = "auto"
+    kb_embedding_model: str | None = None
+    openai_api_key: SecretStr | None = None
+    openai_base_url: str | None = None
+
+    kb_embedding_max_retry: Count = 3
+    kb_embedding_batch_size: Annotated[int, Field(ge=1, le=2048)] = 100
+    kb_embedding_max_concurrent: Count = 5
+    kb_embedding_interval_minutes: Annotated[float, Field(gt=0)] = 1.0
+    kb_embedding_lease_seconds: Annotated[float, Field(gt=0)] = 300.0
+
+    kb_chunk_max_tokens: Annotated[int, Field(ge=16, le=8191)] = 4000
+    kb_chunk_overlap_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    kb_chunk_insert_batch_size: Count = 100
+    kb_chunk_update_batch_size: Count = 100
+
+    kb_archive_threshold_hours: Annotated[float, Field(ge=0)] = 1.0
+    kb_archive_batch_size: Count = 10
+    kb_archive_interval_hours: Annotated[float, Field(gt=0)] = 1.0
+    kb_archive_overlap_messages: Annotated[int, Field(ge=0)] = 5
+    kb_min_session_length: Annotated[int, Field(ge=0)] = 30
+
+    kb_chat_chunk_strategy: Literal["message_based", "token_based"] = "message_based"
+    kb_chat_chunk_size_messages: Count = 5
+    kb_chat_chunk_overlap_messages: Annotated[int, Field(ge=0)] = 2
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])).upper() or 'settings'}: {e['msg']}"
+                for e in error.errors(include_input=False, include_url=False)
+            )
+            # From None: pydantic's own error repeats the values, and one of them may be a secret.
+            raise ConfigurationError(f"invalid settings: {problems}") from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.db_pool_min_size > self.db_pool_max_size:
+            raise ValueError("DB_POOL_MIN_SIZE must not exceed DB_POOL_MAX_SIZE")
+        if self.kb_chat_chunk_overlap_messages >= self.kb_chat_chunk_size_messages:
+            raise ValueError("KB_CHAT_CHUNK_OVERLAP_MESSAGES must be less than KB_CHAT_CHUNK_SIZE_MESSAGES")
+        return self
+
+    @property
+    def uses_embedded_server(self) -> bool:
+        """Whether neither DATABASE_URL nor POSTGRES_HOST is set."""
+        return self.database_url is None and self.postgres_host is None
