@@ -28,6 +28,8 @@ was one, is kept as ``__cause__``.
 from collections.abc import Sequence
 from enum import StrEnum
 
+from sqlalchemy.exc import DontWrapMixin
+
 
 class ErrorCode(StrEnum):
     """Why a chunk could not be embedded, as stored with jobs, dead letters and sources."""
@@ -58,8 +60,10 @@ class ExtensionMissingError(ConfigurationError):
     """The server has no usable ``vector`` extension and this role may not create it."""
 
 
-class InvalidInputError(StoreError, ValueError):
+class InvalidInputError(StoreError, ValueError, DontWrapMixin):
     """The value can be neither stored nor searched. Nothing was written; correct the value."""
+
+    # DontWrapMixin: raised by a column type on bind, it reaches the caller as it is.
 
 
 class InvalidVectorError(InvalidInputError):

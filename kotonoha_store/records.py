@@ -66,8 +66,7 @@ def check_text(value: str, what: str = "text") -> str:
     """
     if "\x00" in value:
         raise InvalidInputError(
-            f"{what} holds a NUL character at position {value.index(chr(0))}, "
-            "which PostgreSQL cannot store; remove it"
+            f"{what} holds a NUL character at position {value.index(chr(0))}, which PostgreSQL cannot store; remove it"
         )
     try:
         value.encode()

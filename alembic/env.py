@@ -1,0 +1,58 @@
+"""Alembic's environment for every database of the project: `alembic [-n SECTION] upgrade head`."""
+
+import asyncio
+from dataclasses import dataclass
+
+from alembic import context
+from sqlalchemy import Connection, MetaData
+
+from kotonoha_store import migrations
+from kotonoha_store.models import Base
+from kotonoha_store.settings import Settings
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a section of alembic.ini migrates: the tables' metadata."""
+
+    metadata: MetaData
+
+
+TARGETS = {"alembic": Target(Base.metadata)}
+
+config = context.config
+target = TARGETS[config.config_ini_section]
+# What revisions read: KB_HNSW_M, KB_HNSW_EF_CONSTRUCTION, KB_EMBEDDING_MODEL.
+if "settings" not in config.attributes:
+    config.attributes["settings"] = Settings()
+
+
+def run(connection: Connection) -> None:
+    context.configure(
+        connection=connection,
+        target_metadata=target.metadata,
+        transaction_per_migration=True,
+        compare_server_default=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run_offline() -> None:
+    context.configure(
+        dialect_name="postgresql",
+        target_metadata=target.metadata,
+        literal_binds=True,
+        transaction_per_migration=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+if context.is_offline_mode():
+    run_offline()
+elif (given := config.attributes.get("connection")) is not None:
+    run(given)
+else:
+    # The alembic command. (The library hands over a connection, see kotonoha_store.migrations.)
+    asyncio.run(migrations.with_connection(run))

@@ -1,0 +1,396 @@
+"""The connection to PostgreSQL: engine, pool, codecs, time-outs, retries, and errors in our own words."""
+
+import asyncio
+import functools
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Final, ParamSpec, Self, TypeVar
+
+import asyncpg
+import stamina
+from sqlalchemy import URL, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from kotonoha_store import embedded
+from kotonoha_store.columns import pack_vector, unpack_vector
+from kotonoha_store.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    NotFoundError,
+    SchemaOutdatedError,
+    StoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
+from kotonoha_store.records import check_json
+from kotonoha_store.settings import Settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# libpq's parameters that asyncpg would send to the server as settings, and which it has no use for:
+# it speaks SCRAM without channel binding and leaves keep-alive to the operating system.
+_IGNORED_PARAMETERS: Final = frozenset(
+    {
+        "channel_binding",
+        "gssencmode",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "prepared_statement_cache_size",
+        "tcp_user_timeout",
+    }
+)
+
+# The server is starting, stopping, full, or the connection broke: worth another try.
+_RETRIABLE_CONNECT: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.exceptions.CannotConnectNowError,
+    asyncpg.exceptions.PostgresConnectionError,
+    asyncpg.exceptions.TooManyConnectionsError,
+)
+
+
+def database_url(settings: Settings) -> URL | None:
+    """Return where the settings point, or None when the embedded server is to serve.
+
+    Raises:
+        ConfigurationError: DATABASE_URL cannot be read or is not PostgreSQL's. Its value is not shown.
+    """
+    if settings.postgres_host is not None:
+        password = settings.postgres_password
+        is_socket = settings.postgres_host.startswith("/")
+        return URL.create(
+            "postgresql",
+            username=settings.postgres_user,
+            password=password.get_secret_value() if password else None,
+            host=None if is_socket else settings.postgres_host,
+            port=None if is_socket else settings.postgres_port,
+            database=settings.postgres_db,
+            query={"host": settings.postgres_host, "port": str(settings.postgres_port)} if is_socket else {},
+        )
+    if settings.database_url is None:
+        return None
+    try:
+        url = make_url(settings.database_url.get_secret_value())
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "DATABASE_URL cannot be read; write postgresql://user:password@host:port/database "
+            "with odd characters percent-encoded, or set POSTGRES_HOST, POSTGRES_USER, POSTGRES_PASSWORD"
+        ) from None
+    if url.get_backend_name() not in {"postgresql", "postgres"}:
+        raise ConfigurationError(
+            f"DATABASE_URL names the database system {url.get_backend_name()!r}; this library needs postgresql://"
+        )
+    return url.set(drivername="postgresql")
+
+
+def connect_arguments(url: URL, settings: Settings, *, command_timeout: float | None = None) -> dict[str, Any]:
+    """Translate a libpq-style URL into arguments for :func:`asyncpg.connect`.
+
+    asyncpg under SQLAlchemy refuses sslmode, channel_binding, connect_timeout, application_name and
+    options; asyncpg itself reads most of them from a DSN, so it is given one.
+
+    Raises:
+        ConfigurationError: connect_timeout is not a number.
+    """
+    query = dict(url.query)
+    timeout = settings.db_connect_timeout
+    if (wanted := query.pop("connect_timeout", None)) is not None:
+        try:
+            timeout = float(wanted)  # type: ignore[arg-type]  # a repeated parameter is a tuple: refused below
+        except (TypeError, ValueError):
+            raise ConfigurationError("connect_timeout in DATABASE_URL is not a number of seconds") from None
+    for name in _IGNORED_PARAMETERS:
+        query.pop(name, None)
+    bare = url.set(drivername="postgresql", query=query)._replace(password=None)
+    arguments: dict[str, Any] = {
+        "dsn": bare.render_as_string(hide_password=True),
+        "timeout": timeout,
+        "command_timeout": command_timeout,
+    }
+    if url.password is not None:
+        arguments["password"] = str(url.password)
+    if "application_name" not in query:
+        arguments["server_settings"] = {"application_name": "kotonoha_store"}
+    return arguments
+
+
+def dump_json(value: Any) -> str:
+    """Serialise for ``jsonb``; integers of any size survive.
+
+    Raises:
+        InvalidInputError: see :func:`kotonoha_store.records.check_json`.
+    """
+    check_json(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+class Database:
+    """A pool of connections, and transactions on it.
+
+    Use :meth:`open` (or ``Store.open``) and :meth:`close`, or ``async with``.
+    """
+
+    def __init__(
+        self, url: URL, settings: Settings, *, server: embedded.EmbeddedServer | None = None, patient: bool = False
+    ) -> None:
+        """``patient``: statements may take as long as they take (building an index)."""
+        self.settings = settings
+        self._url = url
+        self._arguments = connect_arguments(
+            url, settings, command_timeout=None if patient else settings.db_command_timeout
+        )
+        self._server = server
+        self.engine: AsyncEngine = _create_engine(self._connect, settings)
+        self.session_factory = async_sessionmaker(self.engine, expire_on_commit=False)
+
+    @classmethod
+    async def open(cls, settings: Settings | None = None, *, patient: bool = False) -> Self:
+        """Make a database from the settings; start the embedded server when they name none.
+
+        No connection is made yet. ``patient``: without the time-out for statements.
+
+        Raises:
+            ConfigurationError: the settings cannot be used, or the embedded server cannot be started.
+        """
+        settings = settings or Settings()
+        url = database_url(settings)
+        if url is not None:
+            return cls(url, settings, patient=patient)
+        name = settings.postgres_db
+        server = await asyncio.to_thread(
+            embedded.start, settings.kb_embedded_dir, version=settings.kb_embedded_version, databases=(name,)
+        )
+        return cls(make_url(server.url(name)), settings, server=server, patient=patient)
+
+    def patient(self) -> "Database":
+        """The same database without the time-out for statements, for migrations; close it after use."""
+        return Database(self._url, self.settings, patient=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every connection; the embedded server stops when no other process uses it."""
+        await self.engine.dispose()
+        if self._server is not None:
+            server, self._server = self._server, None
+            await asyncio.to_thread(server.stop)
+
+    async def _connect(self) -> Any:
+        # Connecting is safe to repeat; statements are not, and are never retried here.
+        async for attempt in stamina.retry_context(
+            on=_RETRIABLE_CONNECT,
+            attempts=self.settings.db_connect_attempts,
+            timeout=60.0,
+            wait_initial=0.1,
+            wait_max=3.0,
+        ):
+            with attempt:
+                return await asyncpg.connect(**self._arguments)
+        raise AssertionError("stamina leaves its loop by return or raise")
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """One transaction: commits on a clean exit, rolls back on any exception, cancellation included.
+
+        Raises:
+            StoreUnavailableError: no connection could be made or had.
+        """
+        async with self.session_factory() as session:
+            with translated_errors():
+                await session.connection()
+            try:
+                yield session
+            except BaseException:
+                await session.rollback()
+                raise
+            with translated_errors():
+                await session.commit()
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[AsyncConnection]:
+        """A connection in AUTOCOMMIT: each statement stands for itself."""
+        with translated_errors():
+            connection = await self.engine.connect()
+        try:
+            yield await connection.execution_options(isolation_level="AUTOCOMMIT")
+        finally:
+            await connection.close()
+
+    async def ping(self) -> None:
+        """Make one round trip.
+
+        Raises:
+            StoreUnavailableError: the database did not answer.
+            ConfigurationError: it refused this user, password or database name.
+        """
+        async with self.connect() as connection:
+            with translated_errors():
+                await connection.exec_driver_sql("SELECT 1")
+
+
+def _create_engine(connect: Callable[[], Awaitable[Any]], settings: Settings) -> AsyncEngine:
+    # QueuePool reads 0 as "no limit".
+    kept = max(settings.db_pool_min_size, 1)
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=connect,
+        # The recomputed source status relies on each statement seeing what was committed before it.
+        isolation_level="READ COMMITTED",
+        json_serializer=dump_json,
+        pool_size=kept,
+        max_overflow=settings.db_pool_max_size - kept,
+        pool_use_lifo=True,
+        # Messages are private: SQLAlchemy would print them in errors and logs.
+        hide_parameters=True,
+    )
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def _ready(dbapi_connection: Any, record: Any, _: Any) -> None:
+        # asyncpg hears of a closed socket by itself: this costs no round trip, as pre-ping would.
+        if dbapi_connection.driver_connection.is_closed():
+            raise DisconnectionError("the server closed this connection")
+        # A connection made before the first migration has no codec yet.
+        if "halfvec" not in record.info and dbapi_connection.run_async(register_halfvec):
+            record.info["halfvec"] = True
+
+    @event.listens_for(engine.sync_engine, "invalidate")
+    def _forget(_: Any, record: Any, __: Any) -> None:
+        record.info.pop("halfvec", None)
+
+    return engine
+
+
+async def driver_connection(session: AsyncSession) -> Any:
+    """The asyncpg connection under a session, for COPY.
+
+    SQLAlchemy begins the transaction with the first statement: execute one before.
+    """
+    connection = await session.connection()
+    return (await connection.get_raw_connection()).driver_connection
+
+
+async def register_halfvec(connection: Any) -> bool:
+    """Teach an asyncpg connection pgvector's binary ``halfvec``, whichever schema it lives in.
+
+    Returns:
+        Whether the extension is there.
+    """
+    schema = await connection.fetchval(
+        "SELECT n.nspname FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace"
+        " JOIN pg_depend d ON d.classid = 'pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e'"
+        " JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'vector' WHERE t.typname = 'halfvec'"
+    )
+    if schema is None:
+        return False
+    await connection.set_type_codec(
+        "halfvec",
+        schema=schema,
+        # HalfVector hands over packed bytes; whoever uses the driver directly may pass an array.
+        encoder=lambda value: value if isinstance(value, bytes) else pack_vector(value),
+        decoder=unpack_vector,
+        format="binary",
+    )
+    return True
+
+
+def translate_error(error: BaseException) -> StoreError | None:
+    """Return our error for the driver's, told by SQLSTATE and constraint name, or None if it is not one of them.
+
+    The server's own message may quote stored data, so it stays in ``__cause__``.
+    """
+    if isinstance(error, PoolTimeoutError):
+        return StoreTimeoutError("no connection came free in time; raise DB_POOL_MAX_SIZE or hold connections shorter")
+    driver_error: BaseException = error
+    if isinstance(error, DBAPIError):
+        adapted = error.orig
+        driver_error = (adapted.__cause__ if adapted is not None else None) or adapted or error
+    if isinstance(driver_error, asyncpg.DataError | asyncpg.exceptions.UnsupportedClientFeatureError) and not getattr(
+        driver_error, "sqlstate", None
+    ):
+        return InvalidInputError("a value does not fit its column (its type or size); nothing was written")
+    sqlstate = getattr(driver_error, "sqlstate", None)
+    if sqlstate:
+        return _from_sqlstate(sqlstate, getattr(driver_error, "constraint_name", None))
+    if isinstance(driver_error, TimeoutError):
+        return StoreTimeoutError("the database did not answer within DB_COMMAND_TIMEOUT (or DB_CONNECT_TIMEOUT)")
+    if isinstance(driver_error, OSError | asyncpg.InterfaceError | asyncpg.exceptions.InternalClientError) or (
+        isinstance(error, DBAPIError) and error.connection_invalidated
+    ):
+        return StoreUnavailableError(
+            f"the database cannot be reached or the connection broke ({type(driver_error).__name__}); "
+            "check that it runs and where DATABASE_URL or POSTGRES_HOST point, then try again"
+        )
+    return None
+
+
+_CONSTRAINTS: Final[dict[str, tuple[type[StoreError], str]]] = {
+    "knowledge_chunks_source_id_fkey": (NotFoundError, "the source does not exist (any more); nothing was written"),
+    "idx_sources_origin": (InvalidInputError, "these messages of the session are archived already"),
+    "sessions_session_key_key": (InvalidInputError, "a session with this key exists already"),
+}
+
+_SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
+    "28": (ConfigurationError, "the server refused this user or password; correct DATABASE_URL or POSTGRES_PASSWORD"),
+    "3D000": (ConfigurationError, "the database does not exist; create it or correct its name"),
+    "42501": (ConfigurationError, "this role lacks a privilege; grant it or connect as the owner"),
+    "25006": (ConfigurationError, "the server is read-only (a replica?); point DATABASE_URL at the primary"),
+    "42P01": (SchemaOutdatedError, "a table is missing; run `alembic upgrade head` or `await store.migrate()`"),
+    "42703": (SchemaOutdatedError, "a column is missing; run `alembic upgrade head` or `await store.migrate()`"),
+    "42704": (SchemaOutdatedError, "a type is missing; run `alembic upgrade head` or `await store.migrate()`"),
+    "42883": (SchemaOutdatedError, "an operator or function is missing; is pgvector in the search_path, and migrated?"),
+    "57014": (StoreTimeoutError, "the statement was cancelled by a time-out; nothing was written"),
+    "55P03": (StoreTimeoutError, "a lock could not be had in time; try again"),
+    "40": (StoreUnavailableError, "a concurrent transaction forced a rollback; try again"),
+    "53": (StoreUnavailableError, "the server is out of resources (connections, memory or disk); try again later"),
+    "54": (InvalidInputError, "the value is too large for PostgreSQL"),
+    "57P": (StoreUnavailableError, "the server is shutting down or starting; try again"),
+    "58": (StoreUnavailableError, "the server reports a system error; see its log"),
+    "08": (StoreUnavailableError, "the connection broke; try again"),
+    "22": (InvalidInputError, "a value cannot be stored as it is; nothing was written"),
+    "23": (InvalidInputError, "a value breaks a rule of the table; nothing was written"),
+}
+
+
+def _from_sqlstate(sqlstate: str, constraint: str | None) -> StoreError | None:
+    if constraint in _CONSTRAINTS:
+        kind, message = _CONSTRAINTS[constraint]
+        return kind(message)
+    for length in (5, 3, 2):
+        if (found := _SQLSTATES.get(sqlstate[:length])) is not None:
+            kind, message = found
+            detail = f"{sqlstate}, {constraint}" if constraint else sqlstate
+            return kind(f"{message} (SQLSTATE {detail})")
+    return None
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Raise the driver's errors as this library's, with the original as ``__cause__``."""
+    try:
+        yield
+    except (DBAPIError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        if (translation := translate_error(error)) is None:
+            raise
+        raise translation from error
+
+
+def translated(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Decorate a coroutine that talks to the database and nothing else: see :func:`translated_errors`."""
+
+    @functools.wraps(method)
+    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with translated_errors():
+            return await method(*args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,390 @@
+"""Long-term memory: :class:`KnowledgeRepository`, sources and their chunks."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from sqlalchemy import bindparam, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from kotonoha_store.columns import AnyRow, AnySelect, PackedVector, pack_vectors
+from kotonoha_store.database import driver_connection, dump_json, translated
+from kotonoha_store.errors import InvalidInputError, NotFoundError
+from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
+from kotonoha_store.records import (
+    DocumentResult,
+    NewChunk,
+    Scope,
+    SourceRecord,
+    SourceStatus,
+    SourceType,
+    check_json,
+    check_text,
+)
+from kotonoha_store.source_status import lock_sources, recompute_status
+
+_SCOPE_NAMES: Final = ("guild_id", "channel_id", "thread_id", "user_id")
+
+_CHUNK_COLUMNS: Final = (
+    "id",
+    "source_id",
+    "content",
+    "embedding",
+    "location",
+    "token_count",
+    "embedding_model",
+    "content_hash",
+    *_SCOPE_NAMES,
+    "occurred_from",
+    "occurred_to",
+)
+
+_SOURCE: Final = (
+    KnowledgeSource.id,
+    KnowledgeSource.type,
+    KnowledgeSource.title,
+    KnowledgeSource.uri,
+    KnowledgeSource.status,
+    KnowledgeSource.error_code,
+    KnowledgeSource.error_message,
+    KnowledgeSource.guild_id,
+    KnowledgeSource.channel_id,
+    KnowledgeSource.thread_id,
+    KnowledgeSource.user_id,
+    KnowledgeSource.source_metadata,
+    KnowledgeSource.created_at,
+    KnowledgeSource.updated_at,
+)
+
+
+def content_hash(content: str) -> bytes:
+    """SHA-256 of the text that is embedded: equal hashes under one model have equal vectors."""
+    return hashlib.sha256(content.encode()).digest()
+
+
+class KnowledgeRepository:
+    """Reads and writes sources and chunks on the caller's transaction; never commits.
+
+    Every method raises :class:`~kotonoha_store.errors.StoreUnavailableError` when the database does not
+    answer and :class:`~kotonoha_store.errors.SchemaOutdatedError` when it was not migrated.
+    """
+
+    def __init__(self, session: AsyncSession, *, insert_batch_size: int = 1000, update_batch_size: int = 1000) -> None:
+        self._session = session
+        self._insert_batch_size = insert_batch_size
+        self._update_batch_size = update_batch_size
+
+    @translated
+    async def add_source(
+        self,
+        type: SourceType,  # noqa: A002  the column's name
+        title: str,
+        *,
+        uri: str | None = None,
+        scope: Scope | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        origin: tuple[int, int] | None = None,
+        archived_messages: Sequence[Mapping[str, Any]] | None = None,
+    ) -> int:
+        """Insert a source (status pending) and return its id.
+
+        ``origin``: session id and absolute index of its first archived message; that pair is unique.
+
+        Raises:
+            InvalidInputError: a blank title, text that PostgreSQL cannot store, or messages that are archived already.
+        """
+        session_id, first_index = origin or (None, None)
+        statement = insert(KnowledgeSource).values(
+            **_source_values(type, title, uri, scope or Scope(), metadata or {}),
+            origin_session_id=session_id,
+            origin_first_index=first_index,
+            archived_messages=archived_messages,
+        )
+        return (await self._session.execute(statement.returning(KnowledgeSource.id))).scalar_one()
+
+    @translated
+    async def add_chunks(self, source_id: int, chunks: Sequence[NewChunk]) -> list[int]:
+        """Insert chunks by COPY and queue those without a vector; return their ids, in order.
+
+        Raises:
+            NotFoundError: no such source.
+            InvalidInputError: a blank chunk, or one with a vector but no model. Nothing was written.
+            InvalidVectorError: a vector cannot be stored.
+        """
+        scope = await self._locked_scope(source_id)
+        ids = await self._insert_chunks(source_id, scope, chunks)
+        await recompute_status(self._session, [source_id])
+        return ids
+
+    @translated
+    async def put_document(
+        self,
+        title: str,
+        chunks: Sequence[NewChunk],
+        *,
+        type: SourceType = SourceType.DOCUMENT_FILE,  # noqa: A002  the column's name
+        uri: str | None = None,
+        scope: Scope | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> DocumentResult:
+        """Add a document, or replace what was added before under the same type, URI and scope.
+
+        Chunks whose text did not change keep their vector (unless ``model`` is given and another one
+        made it); the others are deleted and the new ones queued. Dead letters of the document are
+        tried again. A document without a URI is always a new one.
+
+        Raises:
+            InvalidInputError: no chunks, or a value that cannot be stored. Nothing was written.
+        """
+        if not chunks:
+            raise InvalidInputError("the document has no text; there is nothing to remember")
+        scope = scope or Scope()
+        values = _source_values(type, title, uri, scope, metadata or {})
+        if uri is None:
+            source_id = (
+                await self._session.execute(insert(KnowledgeSource).values(values).returning(KnowledgeSource.id))
+            ).scalar_one()
+        else:
+            values["document_key"] = _document_key(type, uri, scope)
+            # One statement that inserts or locks: two that add it at once come one after the other.
+            statement = insert(KnowledgeSource).values(values)
+            changed = {"title": statement.excluded.title, "metadata": statement.excluded.metadata}
+            source_id = (
+                await self._session.execute(
+                    statement.on_conflict_do_update(
+                        index_elements=[KnowledgeSource.document_key], set_=changed
+                    ).returning(KnowledgeSource.id)
+                )
+            ).scalar_one()
+        kept, removed, added = await self._replace_chunks(source_id, scope, chunks, model)
+        await recompute_status(self._session, [source_id])
+        return DocumentResult(source_id=source_id, added=added, kept=kept, removed=removed)
+
+    @translated
+    async def get_source(self, source_id: int) -> SourceRecord:
+        """Return the source.
+
+        Raises:
+            NotFoundError: no such source.
+        """
+        row = (await self._session.execute(select(*_SOURCE).where(KnowledgeSource.id == source_id))).one_or_none()
+        if row is None:
+            raise NotFoundError(f"there is no source {source_id}")
+        return _record(row)
+
+    @translated
+    async def delete_source(self, source_id: int) -> None:
+        """Delete the source with its chunks, jobs and dead letters.
+
+        Raises:
+            NotFoundError: no such source.
+        """
+        statement = delete(KnowledgeSource).where(KnowledgeSource.id == source_id).returning(KnowledgeSource.id)
+        if (await self._session.execute(statement)).one_or_none() is None:
+            raise NotFoundError(f"there is no source {source_id}")
+        await self._session.execute(
+            delete(KnowledgeChunkDeadLetter).where(KnowledgeChunkDeadLetter.source_id == source_id)
+        )
+
+    async def iterate_sources(self, *, page_size: int = 100, **filters: Any) -> AsyncIterator[SourceRecord]:
+        """Iterate over all sources, page by page; filters as in :meth:`list_sources`."""
+        after_id = 0
+        while True:
+            page = await self.list_sources(after_id=after_id, limit=page_size, **filters)
+            for record in page:
+                yield record
+            if len(page) < page_size:
+                return
+            after_id = page[-1].id
+
+    @translated
+    async def list_sources(
+        self,
+        *,
+        after_id: int = 0,
+        limit: int = 100,
+        status: SourceStatus | None = None,
+        type: SourceType | None = None,  # noqa: A002  the column's name
+        guild_id: int | None = None,
+    ) -> list[SourceRecord]:
+        """Return up to ``limit`` sources in the order of their ids; the next page starts after the last id."""
+        if limit < 1:
+            raise InvalidInputError(f"limit must be at least 1, got {limit}")
+        statement = select(*_SOURCE).where(KnowledgeSource.id > after_id).order_by(KnowledgeSource.id).limit(limit)
+        wanted = {KnowledgeSource.status: status, KnowledgeSource.type: type, KnowledgeSource.guild_id: guild_id}
+        for column, value in wanted.items():
+            if value is not None:
+                statement = statement.where(column == value)
+        return [_record(row) for row in await self._session.execute(statement)]
+
+    async def _locked_scope(self, source_id: int) -> Scope:
+        await lock_sources(self._session, [source_id])
+        columns = [getattr(KnowledgeSource, name) for name in _SCOPE_NAMES]
+        row = (await self._session.execute(select(*columns).where(KnowledgeSource.id == source_id))).one_or_none()
+        if row is None:
+            raise NotFoundError(f"there is no source {source_id}")
+        return Scope(*row)
+
+    async def _insert_chunks(self, source_id: int, scope: Scope, chunks: Sequence[NewChunk]) -> list[int]:
+        vectors = _packed(chunks)
+        ids: list[int] = []
+        for start in range(0, len(chunks), self._insert_batch_size):
+            batch = chunks[start : start + self._insert_batch_size]
+            new_ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(batch)})]
+            rows = [
+                _chunk_row(chunk_id, source_id, scope, chunk, vector)
+                for chunk_id, chunk, vector in zip(new_ids, batch, vectors[start : start + len(batch)], strict=True)
+            ]
+            waiting = [(row[0],) for row in rows if row[3] is None]
+            # The statement above has begun the transaction that COPY, being the driver's own, takes part in.
+            driver = await driver_connection(self._session)
+            await driver.copy_records_to_table("knowledge_chunks", columns=_CHUNK_COLUMNS, records=rows)
+            if waiting:
+                await driver.copy_records_to_table("embedding_jobs", columns=["chunk_id"], records=waiting)
+            ids.extend(new_ids)
+        return ids
+
+    async def _replace_chunks(
+        self, source_id: int, scope: Scope, chunks: Sequence[NewChunk], model: str | None
+    ) -> tuple[int, int, int]:
+        existing: dict[bytes, list[AnyRow]] = defaultdict(list)
+        for row in await self._session.execute(_chunks_of(source_id)):
+            if row.content_hash is not None and (model is None or row.embedding_model in (None, model)):
+                existing[row.content_hash].append(row)
+        kept: list[int] = []
+        moved: list[dict[str, Any]] = []
+        new: list[NewChunk] = []
+        for chunk in chunks:
+            if not (same := existing[content_hash(_checked_content(chunk))]):
+                new.append(chunk)
+                continue
+            row = same.pop(0)
+            kept.append(row.id)
+            if row.location != chunk.location:
+                moved.append({"chunk_id": row.id, "new_location": chunk.location})
+        removed = await self._session.execute(
+            delete(KnowledgeChunk)
+            .where(KnowledgeChunk.source_id == source_id, KnowledgeChunk.id.not_in(kept))
+            .returning(KnowledgeChunk.id)
+            .execution_options(synchronize_session=False)
+        )
+        removed_count = len(removed.all())
+        await self._session.execute(
+            delete(KnowledgeChunkDeadLetter).where(KnowledgeChunkDeadLetter.source_id == source_id)
+        )
+        connection = await self._session.connection()
+        for start in range(0, len(moved), self._update_batch_size):
+            await connection.execute(_move(), moved[start : start + self._update_batch_size])
+        await self._insert_chunks(source_id, scope, new)
+        return len(kept), removed_count, len(new)
+
+
+def _source_values(
+    type: SourceType,  # noqa: A002
+    title: str,
+    uri: str | None,
+    scope: Scope,
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    if not check_text(title, "title").strip():
+        raise InvalidInputError("title must not be blank")
+    check_json(metadata, "metadata")
+    return {
+        "type": SourceType(type),
+        "title": title,
+        "uri": None if uri is None else check_text(uri, "uri"),
+        "source_metadata": dict(metadata),
+        **asdict(scope),
+    }
+
+
+def _document_key(type: SourceType, uri: str, scope: Scope) -> bytes:  # noqa: A002
+    """What makes two additions the same document. The scope belongs to it: no tenant replaces another's."""
+    identity = [str(type), uri, *(getattr(scope, name) for name in _SCOPE_NAMES)]
+    return hashlib.sha256(dump_json(identity).encode()).digest()
+
+
+def _checked_content(chunk: NewChunk) -> str:
+    if not check_text(chunk.content, "content").strip():
+        raise InvalidInputError("a chunk must not be blank: there is nothing to embed or to find")
+    return chunk.content
+
+
+def _packed(chunks: Sequence[NewChunk]) -> list[PackedVector | None]:
+    """The chunks' vectors in the wire format, checked all at once."""
+    given = [index for index, chunk in enumerate(chunks) if chunk.embedding is not None]
+    for index in given:
+        if not chunks[index].embedding_model:
+            raise InvalidInputError(
+                f"chunk {index} has a vector but no embedding_model: searches could not tell it apart"
+            )
+    packed: list[PackedVector | None] = [None] * len(chunks)
+    if given:
+        for index, vector in zip(given, pack_vectors([chunks[index].embedding for index in given]), strict=True):
+            packed[index] = vector
+    return packed
+
+
+def _chunk_row(
+    chunk_id: int, source_id: int, scope: Scope, chunk: NewChunk, vector: PackedVector | None
+) -> tuple[Any, ...]:
+    """One record for COPY, in the order of _CHUNK_COLUMNS."""
+    content = _checked_content(chunk)
+    return (
+        chunk_id,
+        source_id,
+        content,
+        vector,
+        dump_json(chunk.location),
+        chunk.token_count,
+        chunk.embedding_model if vector is not None else None,
+        content_hash(content),
+        scope.guild_id,
+        scope.channel_id,
+        scope.thread_id,
+        scope.user_id,
+        chunk.occurred_from,
+        chunk.occurred_to,
+    )
+
+
+def _reserve_ids() -> AnySelect:
+    """COPY returns no ids, and the jobs need them."""
+    sequence = func.pg_get_serial_sequence("knowledge_chunks", "id")
+    return select(func.nextval(sequence)).select_from(func.generate_series(1, bindparam("count")))
+
+
+def _chunks_of(source_id: int) -> AnySelect:
+    return (
+        select(KnowledgeChunk.id, KnowledgeChunk.content_hash, KnowledgeChunk.location, KnowledgeChunk.embedding_model)
+        .where(KnowledgeChunk.source_id == source_id)
+        .order_by(KnowledgeChunk.id)
+    )
+
+
+def _move() -> Any:
+    return (
+        update(KnowledgeChunk)
+        .where(KnowledgeChunk.id == bindparam("chunk_id"))
+        .values(location=bindparam("new_location"))
+    )
+
+
+def _record(row: AnyRow) -> SourceRecord:
+    return SourceRecord(
+        id=row.id,
+        type=row.type,
+        title=row.title,
+        uri=row.uri,
+        status=row.status,
+        error_code=row.error_code,
+        error_message=row.error_message,
+        scope=Scope(*(getattr(row, name) for name in _SCOPE_NAMES)),
+        metadata=row.metadata,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )

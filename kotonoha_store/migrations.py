@@ -1,0 +1,225 @@
+"""Migrations without the command line: upgrade, downgrade, current, check.
+
+The scripts are those that ``alembic upgrade head`` runs in a checkout; the wheel carries a copy.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Final
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.errors import (
+    ConfigurationError,
+    ExtensionMissingError,
+    SchemaOutdatedError,
+    StoreError,
+    StoreTimeoutError,
+)
+
+# Any constant; the same in every release, since old and new may start side by side.
+LOCK_ID: Final = 7_205_110_862_154_902_381
+LOCK_WAIT_SECONDS: Final = 600.0
+LOCK_TIMEOUT_SECONDS: Final = 30
+_POLL_SECONDS: Final = 0.1
+
+# alembic.context is global to the process: one migration at a time in it, on whichever loop or thread.
+_in_process = threading.Lock()
+
+
+def script_location() -> Path:
+    """Return the folder with ``env.py``: the checkout's where there is one, else the wheel's copy."""
+    package = Path(__file__).parent
+    checkout = package.parent / "alembic"
+    # An editable install may have a stale copy beside the package.
+    return checkout if (checkout / "versions" / "kotonoha").is_dir() else package / "alembic"
+
+
+def alembic_config() -> Config:
+    """Return the configuration that ``alembic.ini`` gives, wherever the scripts are."""
+    # Alembic's commands print; a library does not.
+    config = Config(stdout=StringIO())
+    location = script_location()
+    # ConfigParser interpolates %: the paths may hold one.
+    for name, value in {
+        "script_location": str(location),
+        "version_locations": str(location / "versions" / "kotonoha"),
+        "path_separator": "newline",
+    }.items():
+        config.set_main_option(name, value.replace("%", "%%"))
+    return config
+
+
+def head() -> str:
+    """Return the revision that this version of the library needs."""
+    revision = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    if revision is None:
+        raise ConfigurationError(f"no migration scripts in {script_location()}; install the package again")
+    return revision
+
+
+async def upgrade(database: Database, revision: str = "head") -> None:
+    """Bring the database to ``revision``. Safe to run again, and by several processes at once.
+
+    Raises:
+        ExtensionMissingError: pgvector is not there and cannot be created; the message says what to do.
+        ConfigurationError: the role may not change the schema, or the revision is unknown.
+        StoreTimeoutError: another migration held the lock too long, or a table was locked.
+        StoreUnavailableError: the database did not answer. Run it again: what was done stays done.
+    """
+    await _change(database, lambda config: command.upgrade(config, revision))
+
+
+async def downgrade(database: Database, revision: str) -> None:
+    """Bring the database back to ``revision`` (``base``: no tables). Columns added since are lost.
+
+    Raises: as :func:`upgrade`.
+    """
+    await _change(database, lambda config: command.downgrade(config, revision))
+
+
+async def check(database: Database) -> None:
+    """Compare the tables with the models.
+
+    Raises:
+        SchemaOutdatedError: they differ, or revisions are missing.
+    """
+    try:
+        await _run(database, command.check)
+    except CommandError as error:
+        raise SchemaOutdatedError(f"the database is not at this library's revision: {error}") from error
+
+
+async def current(database: Database) -> str | None:
+    """Return the revision the database is at, or None when it was never migrated."""
+    async with database.connect() as connection:
+        with translated_errors():
+            return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+
+
+async def with_connection(run: Callable[[Connection], None]) -> None:
+    """Open the database of the environment, take the migration lock, and call ``run`` (for ``env.py``).
+
+    Raises:
+        CommandError: what any error of this library says, so that the command prints one line.
+    """
+    try:
+        async with await Database.open(patient=True) as database, _locked(database) as connection:
+            with translated_errors():
+                await connection.run_sync(run)
+    except StoreError as error:
+        raise CommandError(str(error)) from error
+
+
+async def _change(database: Database, run: Callable[[Config], None]) -> None:
+    try:
+        await _run(database, run)
+    except CommandError as error:
+        raise ConfigurationError(f"{error}; is the database newer than this library?") from error
+    # Connections made before the extension was there learn its types anew.
+    await database.engine.dispose()
+
+
+async def _run(database: Database, run: Callable[[Config], None]) -> None:
+    config = alembic_config()
+    config.attributes["settings"] = database.settings
+
+    def with_config(connection: Connection) -> None:
+        config.attributes["connection"] = connection
+        run(config)
+
+    # A thread's lock, since the other migration may run on another thread's loop.
+    while not _in_process.acquire(blocking=False):  # noqa: ASYNC110
+        await asyncio.sleep(_POLL_SECONDS)
+    try:
+        async with database.patient() as patient, _locked(patient) as connection:
+            with translated_errors():
+                await connection.run_sync(with_config)
+    finally:
+        _in_process.release()
+
+
+@asynccontextmanager
+async def _locked(database: Database) -> AsyncIterator[AsyncConnection]:
+    """A connection to migrate on, while another connection holds the lock.
+
+    Of its own, because Alembic commits and changes isolation on the first; tried and not waited for,
+    because a waiting transaction would keep CREATE INDEX CONCURRENTLY from ever finishing.
+    """
+    async with database.connect() as guard, database.engine.connect() as connection:
+        with translated_errors():
+            deadline = asyncio.get_running_loop().time() + LOCK_WAIT_SECONDS
+            while not (await guard.execute(text("SELECT pg_try_advisory_lock(:id)"), {"id": LOCK_ID})).scalar():
+                if asyncio.get_running_loop().time() > deadline:
+                    raise StoreTimeoutError(
+                        f"another migration has held the lock for {LOCK_WAIT_SECONDS:.0f} seconds; "
+                        f"see pg_locks for locktype = 'advisory'"
+                    )
+                await asyncio.sleep(_POLL_SECONDS)
+            # Waiting for a lock, a migration stops every query behind it: rather give up.
+            await connection.exec_driver_sql(f"SET lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'")
+            # Alembic given an open transaction would leave the commit to us.
+            await connection.commit()
+            try:
+                yield connection
+            finally:
+                # A pooled connection would keep a session's lock.
+                await guard.execute(text("SELECT pg_advisory_unlock(:id)"), {"id": LOCK_ID})
+
+
+def ensure_vector(connection: Connection) -> None:
+    """Create the extension where it is missing and this role may; used by the first revision.
+
+    Raises:
+        ExtensionMissingError: it cannot be created, is older than 0.7, or lies outside the search_path.
+    """
+    found = connection.execute(
+        text(
+            "SELECT e.extversion, n.nspname, to_regtype('halfvec') IS NOT NULL FROM pg_extension e"
+            " JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
+        )
+    ).one_or_none()
+    if found is None:
+        _create_vector(connection)
+        return
+    version, schema, visible = found
+    if tuple(int(part) for part in version.split(".")[:2]) < (0, 7):
+        raise ExtensionMissingError(
+            f"pgvector {version} has no halfvec; have its owner run: ALTER EXTENSION vector UPDATE (0.7 or newer)"
+        )
+    if not visible:
+        raise ExtensionMissingError(
+            f'pgvector is in the schema "{schema}", outside the search_path; run: '
+            f'ALTER ROLE CURRENT_USER SET search_path = "$user", public, "{schema}"'
+        )
+
+
+def _create_vector(connection: Connection) -> None:
+    try:
+        with connection.begin_nested():
+            connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
+    except DBAPIError as error:
+        sqlstate = getattr(error.orig, "sqlstate", None)
+        if sqlstate in {"0A000", "58P01"}:
+            raise ExtensionMissingError(
+                "pgvector is not installed on this server; install it there (the package postgresql-NN-pgvector, or "
+                "the image pgvector/pgvector), then run the migration again"
+            ) from error
+        if sqlstate == "42501":
+            raise ExtensionMissingError(
+                "pgvector is not in this database and this role may not create it; have a superuser (on a managed "
+                "server: its admin role) run in this database: CREATE EXTENSION vector"
+            ) from error
+        raise

@@ -1,0 +1,299 @@
+"""The tables of the core system, as ``alembic upgrade head`` leaves them.
+
+The models mirror the DDL to the letter, column order included: a test compares ``pg_dump`` of a
+migrated database with one made from this metadata. Beside each index stands the query it serves.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Connection,
+    DateTime,
+    Enum,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Text,
+    event,
+    text,
+)
+from sqlalchemy import Uuid as UuidType
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from kotonoha_store.columns import HalfVector
+from kotonoha_store.records import SessionStatus, SourceStatus, SourceType
+
+
+class Base(DeclarativeBase):
+    """Declarative base of the core system's tables; ``Base.metadata`` is what migrations compare with."""
+
+    # The names PostgreSQL itself would give, since the seed's script leaves the naming to it.
+    metadata = MetaData(
+        naming_convention={
+            "pk": "%(table_name)s_pkey",
+            "uq": "%(table_name)s_%(column_0_name)s_key",
+            "fk": "%(table_name)s_%(column_0_name)s_fkey",
+            "ck": "chk_%(constraint_name)s",
+            "ix": "idx_%(table_name)s_%(column_0_name)s",
+        }
+    )
+
+
+def _enum(python_enum: type[Any], name: str) -> Enum:
+    return Enum(python_enum, name=name, values_callable=lambda members: [member.value for member in members])
+
+
+_EMPTY_OBJECT = text("'{}'::jsonb")
+_EMPTY_ARRAY = text("'[]'::jsonb")
+_NOW = text("CURRENT_TIMESTAMP")
+
+Id = Annotated[int, mapped_column(BigInteger, primary_key=True)]
+Snowflake = Annotated[int | None, mapped_column(BigInteger)]
+"""A Discord id: 64 bits, beyond what a JSON number in JavaScript holds."""
+Moment = Annotated[datetime | None, mapped_column(DateTime(timezone=True))]
+Now = Annotated[datetime, mapped_column(DateTime(timezone=True), server_default=_NOW)]
+OptionalText = Annotated[str | None, mapped_column(Text)]
+RequiredText = Annotated[str, mapped_column(Text)]
+JsonObject = Annotated[dict[str, Any], mapped_column(JSONB, server_default=_EMPTY_OBJECT)]
+Zero = Annotated[int, mapped_column(Integer, server_default=text("0"))]
+One = Annotated[int, mapped_column(Integer, server_default=text("1"))]
+
+
+class Session(Base):
+    """Short-term memory: one conversation in progress, its messages in one JSON array."""
+
+    __tablename__ = "sessions"
+
+    id: Mapped[Id]
+    session_key: Mapped[str] = mapped_column(Text, unique=True)
+    session_type: Mapped[RequiredText]
+    messages: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=_EMPTY_ARRAY)
+    status: Mapped[SessionStatus] = mapped_column(
+        _enum(SessionStatus, "session_status_enum"), server_default=text("'active'")
+    )
+    guild_id: Mapped[Snowflake]
+    channel_id: Mapped[Snowflake]
+    thread_id: Mapped[Snowflake]
+    user_id: Mapped[Snowflake]
+    # Raised by every change; save() compares it.
+    version: Mapped[One]
+    # How many of the messages held now are archived already: they stay as context only.
+    last_archived_message_index: Mapped[Zero]
+    created_at: Mapped[Now]
+    last_active_at: Mapped[Now]
+    # How many messages were ever removed from the front: offset + position is an absolute index.
+    messages_offset: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    # Raised by what is not a mere append (save, prune, restore); the archiver compares it.
+    rewrite_version: Mapped[One]
+    # last_active_at rounded up to five minutes, so that most appends change no indexed column (HOT).
+    archive_due_at: Mapped[Now]
+
+    __table_args__ = (
+        CheckConstraint("last_archived_message_index >= 0 AND messages_offset >= 0", name="sessions_counters"),
+        # sessions of a channel
+        Index("idx_sessions_channel_id", "channel_id"),
+        # sessions due for archiving, the longest quiet first
+        Index("idx_sessions_archive_candidates", "archive_due_at", "id", postgresql_where=text("status = 'active'")),
+    )
+
+
+class KnowledgeSource(Base):
+    """Long-term memory: one archived conversation, document or page."""
+
+    __tablename__ = "knowledge_sources"
+
+    id: Mapped[Id]
+    type: Mapped[SourceType] = mapped_column(_enum(SourceType, "source_type_enum"))
+    title: Mapped[RequiredText]
+    uri: Mapped[OptionalText]
+    status: Mapped[SourceStatus] = mapped_column(
+        _enum(SourceStatus, "source_status_enum"), server_default=text("'pending'")
+    )
+    error_code: Mapped[OptionalText]
+    error_message: Mapped[OptionalText]
+    # "metadata" is taken on declarative classes.
+    source_metadata: Mapped[JsonObject] = mapped_column("metadata")
+    created_at: Mapped[Now]
+    updated_at: Mapped[Now]
+    guild_id: Mapped[Snowflake]
+    channel_id: Mapped[Snowflake]
+    thread_id: Mapped[Snowflake]
+    user_id: Mapped[Snowflake]
+    # SHA-256 over type, URI and scope: adding the same document again finds this row.
+    document_key: Mapped[bytes | None] = mapped_column(LargeBinary)
+    origin_session_id: Mapped[int | None] = mapped_column(BigInteger)
+    # Absolute index of the first archived message.
+    origin_first_index: Mapped[int | None] = mapped_column(BigInteger)
+    # The messages as they were, for restore(); not in metadata, which is indexed.
+    archived_messages: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB)
+
+    __table_args__ = (
+        CheckConstraint("(origin_session_id IS NULL) = (origin_first_index IS NULL)", name="sources_origin"),
+        # searches filtered by metadata containment
+        Index("idx_sources_metadata", "metadata", postgresql_using="gin"),
+        # sources not completed yet
+        Index("idx_sources_status", "status"),
+        # searches filtered by source type
+        Index("idx_sources_type", "type"),
+        # adding a document again; at most one source per document
+        Index("idx_sources_document_key", "document_key", unique=True),
+        # a message is archived once
+        Index("idx_sources_origin", "origin_session_id", "origin_first_index", unique=True),
+    )
+
+
+class KnowledgeChunk(Base):
+    """A piece of a source; ``embedding`` is NULL until a worker has embedded it."""
+
+    __tablename__ = "knowledge_chunks"
+
+    id: Mapped[Id]
+    source_id: Mapped[int] = mapped_column(BigInteger, ForeignKey("knowledge_sources.id", ondelete="CASCADE"))
+    content: Mapped[RequiredText]
+    embedding: Mapped[NDArray[np.float16] | None] = mapped_column(HalfVector())
+    location: Mapped[JsonObject]
+    token_count: Mapped[int | None] = mapped_column(Integer)
+    # Written when the chunk is buried or queued again, never while it is tried.
+    retry_count: Mapped[Zero]
+    created_at: Mapped[Now]
+    # Which model made the vector; written with it.
+    embedding_model: Mapped[OptionalText]
+    # SHA-256 of the content.
+    content_hash: Mapped[bytes | None] = mapped_column(LargeBinary)
+    # Copies of the source's, so that a filter needs no join; set at insertion, never changed.
+    guild_id: Mapped[Snowflake]
+    channel_id: Mapped[Snowflake]
+    thread_id: Mapped[Snowflake]
+    user_id: Mapped[Snowflake]
+    occurred_from: Mapped[Moment]
+    occurred_to: Mapped[Moment]
+
+    __table_args__ = (
+        CheckConstraint("embedding IS NULL OR embedding_model IS NOT NULL", name="chunks_embedding_model"),
+        # searches by meaning
+        Index(
+            "idx_chunks_embedding",
+            "embedding",
+            postgresql_using="hnsw",
+            postgresql_ops={"embedding": "halfvec_cosine_ops"},
+            postgresql_with={"m": 16, "ef_construction": 64},
+        ),
+        # the chunks of a source; the cascade of its deletion
+        Index("idx_chunks_source_id", "source_id"),
+        # the searchable chunks of a source, oldest first
+        Index(
+            "idx_chunks_searchable",
+            "source_id",
+            "created_at",
+            postgresql_where=text("embedding IS NOT NULL AND token_count > 0"),
+        ),
+        # whether a source has chunks that wait
+        Index("idx_chunks_queue", "source_id", "id", postgresql_where=text("embedding IS NULL")),
+        # searches within a scope
+        Index("idx_chunks_guild_id", "guild_id", postgresql_where=text("guild_id IS NOT NULL")),
+        Index("idx_chunks_channel_id", "channel_id", postgresql_where=text("channel_id IS NOT NULL")),
+        Index("idx_chunks_thread_id", "thread_id", postgresql_where=text("thread_id IS NOT NULL")),
+        Index("idx_chunks_user_id", "user_id", postgresql_where=text("user_id IS NOT NULL")),
+        # searches within a time range
+        Index("idx_chunks_occurred_from", "occurred_from", postgresql_where=text("occurred_from IS NOT NULL")),
+    )
+
+
+class KnowledgeChunkDeadLetter(Base):
+    """A chunk that could not be embedded, with all that is needed to queue it again.
+
+    No foreign keys, on purpose: a dead letter outlives its source.
+    """
+
+    __tablename__ = "knowledge_chunks_dlq"
+
+    id: Mapped[Id]
+    original_chunk_id: Mapped[int | None] = mapped_column(BigInteger)
+    source_id: Mapped[int | None] = mapped_column(BigInteger)
+    source_title: Mapped[OptionalText]
+    content: Mapped[RequiredText]
+    error_code: Mapped[OptionalText]
+    error_message: Mapped[OptionalText]
+    retry_count: Mapped[Zero]
+    created_at: Mapped[Now]
+    last_retry_at: Mapped[Moment]
+    source_type: Mapped[SourceType | None] = mapped_column(_enum(SourceType, "source_type_enum"))
+    location: Mapped[JsonObject]
+    token_count: Mapped[int | None] = mapped_column(Integer)
+    # The model whose embedder gave up.
+    embedding_model: Mapped[OptionalText]
+    content_hash: Mapped[bytes | None] = mapped_column(LargeBinary)
+    guild_id: Mapped[Snowflake]
+    channel_id: Mapped[Snowflake]
+    thread_id: Mapped[Snowflake]
+    user_id: Mapped[Snowflake]
+    occurred_from: Mapped[Moment]
+    occurred_to: Mapped[Moment]
+    chunk_created_at: Mapped[Moment]
+
+    __table_args__ = (
+        # whether a source has dead letters
+        Index("idx_dlq_source_id", "source_id"),
+    )
+
+
+class EmbeddingJob(Base):
+    """The queue: one row per chunk still to embed, deleted when it is done.
+
+    A table of its own, because an update of a chunk re-enters every index on it, the HNSW graph included.
+    """
+
+    __tablename__ = "embedding_jobs"
+
+    chunk_id: Mapped[int] = mapped_column(
+        BigInteger, ForeignKey("knowledge_chunks.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    # When it may be claimed; while it is leased, when the lease ends.
+    available_at: Mapped[Now]
+    lease_token: Mapped[UUID | None] = mapped_column(UuidType)
+    # Counted at the claim, so that a text that kills its worker is counted too.
+    attempts: Mapped[Zero]
+    error_code: Mapped[OptionalText]
+    created_at: Mapped[Now]
+
+    __table_args__ = (
+        # the claim: due jobs, the longest due first
+        Index("idx_embedding_jobs_available_at", "available_at", "chunk_id"),
+    )
+
+
+TOUCH_FUNCTION: Final = """\
+CREATE OR REPLACE FUNCTION kotonoha_touch_updated_at() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    NEW.updated_at := now();
+    RETURN NEW;
+END
+$$"""
+
+TOUCH_TRIGGER: Final = """\
+CREATE OR REPLACE TRIGGER trg_sources_touch_updated_at
+BEFORE UPDATE ON knowledge_sources
+FOR EACH ROW EXECUTE FUNCTION kotonoha_touch_updated_at()"""
+
+
+# What SQLAlchemy has no construct for, so that metadata.create_all() makes the same database.
+@event.listens_for(Base.metadata, "before_create")
+def _create_extension(_: MetaData, connection: Connection, **__: Any) -> None:
+    connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS vector")
+
+
+@event.listens_for(Base.metadata, "after_create")
+def _create_trigger(_: MetaData, connection: Connection, **__: Any) -> None:
+    connection.exec_driver_sql(TOUCH_FUNCTION)
+    connection.exec_driver_sql(TOUCH_TRIGGER)

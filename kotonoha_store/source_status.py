@@ -1,0 +1,69 @@
+"""The status of a source, which follows its chunks. Shared by everything that writes chunks."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, Update, and_, case, exists, literal_column, not_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from kotonoha_store.columns import AnySelect
+from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
+from kotonoha_store.records import SourceStatus
+
+
+async def lock_sources(session: AsyncSession, source_ids: Sequence[int]) -> None:
+    """Lock the sources before their chunks are written.
+
+    Always first, always in id order: a cascading delete locks source, then chunk, and whoever did it
+    the other way round would deadlock with it.
+    """
+    await session.execute(_lock(source_ids))
+
+
+async def recompute_status(session: AsyncSession, source_ids: Sequence[int]) -> None:
+    """Set the status of sources that this transaction has locked with :func:`lock_sources`.
+
+    A statement of its own after the writes, under READ COMMITTED: the second of two workers that
+    finish a source together waited at the lock, and sees here what the first one wrote.
+    """
+    await session.execute(_recompute(source_ids))
+
+
+def _lock(source_ids: Sequence[int]) -> AnySelect:
+    return (
+        select(KnowledgeSource.id)
+        .where(KnowledgeSource.id.in_(source_ids))
+        .order_by(KnowledgeSource.id)
+        .with_for_update(key_share=True)
+    )
+
+
+def _recompute(source_ids: Sequence[int]) -> Update:
+    of_source = KnowledgeChunk.source_id == KnowledgeSource.id
+    waiting = exists().where(of_source, KnowledgeChunk.embedding.is_(None))
+    embedded = exists().where(of_source, KnowledgeChunk.embedding.is_not(None))
+    dead = exists().where(KnowledgeChunkDeadLetter.source_id == KnowledgeSource.id)
+    # Searchable stays searchable: a partial source with chunks queued again remains partial.
+    started = KnowledgeSource.status.in_([SourceStatus.COMPLETED, SourceStatus.FAILED])
+    status = case(
+        (and_(waiting, started), _status(SourceStatus.PROCESSING)),
+        (waiting, KnowledgeSource.status),
+        (and_(embedded, dead), _status(SourceStatus.PARTIAL)),
+        (dead, _status(SourceStatus.FAILED)),
+        (embedded, _status(SourceStatus.COMPLETED)),
+        else_=KnowledgeSource.status,
+    )
+    return (
+        update(KnowledgeSource)
+        .where(KnowledgeSource.id.in_(source_ids))
+        .values(
+            status=status,
+            error_code=case((not_(dead), None), else_=KnowledgeSource.error_code),
+            error_message=case((not_(dead), None), else_=KnowledgeSource.error_message),
+        )
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _status(status: SourceStatus) -> ColumnElement[SourceStatus]:
+    # A bound parameter in a CASE would be text, which is no source_status_enum.
+    return literal_column(f"'{status}'::source_status_enum")
