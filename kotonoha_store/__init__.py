@@ -1,1 +1,129 @@
-"""The PostgreSQL memory of a conversational AI."""
+"""The PostgreSQL memory of a conversational AI.
+
+Sessions (short-term memory) are archived into sources and chunks (long-term memory); chunks wait in a
+queue until a worker has embedded them; search finds them again. Start with :class:`Store`.
+"""
+
+from kotonoha_store.archiver import ArchivedSession, ArchiveReport, SessionArchiver
+from kotonoha_store.columns import EMBEDDING_DIMENSION, HalfVector
+from kotonoha_store.database import Database
+from kotonoha_store.embedders import Embedder, HashingEmbedder, OpenAIEmbedder, SentenceTransformerEmbedder
+from kotonoha_store.embedding_queue import EmbeddingQueue
+from kotonoha_store.errors import (
+    ConfigurationError,
+    EmbedderConfigurationError,
+    EmbeddingError,
+    ErrorCode,
+    ExtensionMissingError,
+    InvalidInputError,
+    InvalidVectorError,
+    LeaseLostError,
+    ModelMismatchError,
+    NotFoundError,
+    RateLimitedError,
+    SchemaOutdatedError,
+    StaleSessionError,
+    StoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+    TransientEmbeddingError,
+    UnembeddableTextError,
+)
+from kotonoha_store.knowledge import KnowledgeRepository
+from kotonoha_store.models import (
+    Base,
+    EmbeddingJob,
+    KnowledgeChunk,
+    KnowledgeChunkDeadLetter,
+    KnowledgeSource,
+    Session,
+)
+from kotonoha_store.records import (
+    AppendResult,
+    ClaimedChunk,
+    DeadLetter,
+    DocumentResult,
+    Lease,
+    Message,
+    NewChunk,
+    QueueDepth,
+    Scope,
+    SearchFilters,
+    SearchHit,
+    SearchResult,
+    SessionRecord,
+    SessionStatus,
+    SessionSummary,
+    SourceRecord,
+    SourceStatus,
+    SourceType,
+)
+from kotonoha_store.retrieval import SearchRepository
+from kotonoha_store.sessions import SessionRepository
+from kotonoha_store.settings import Settings
+from kotonoha_store.store import Store, UnitOfWork
+from kotonoha_store.worker import EmbeddingReport, EmbeddingWorker
+
+__all__ = [
+    "EMBEDDING_DIMENSION",
+    "AppendResult",
+    "ArchiveReport",
+    "ArchivedSession",
+    "Base",
+    "ClaimedChunk",
+    "ConfigurationError",
+    "Database",
+    "DeadLetter",
+    "DocumentResult",
+    "Embedder",
+    "EmbedderConfigurationError",
+    "EmbeddingError",
+    "EmbeddingJob",
+    "EmbeddingQueue",
+    "EmbeddingReport",
+    "EmbeddingWorker",
+    "ErrorCode",
+    "ExtensionMissingError",
+    "HalfVector",
+    "HashingEmbedder",
+    "InvalidInputError",
+    "InvalidVectorError",
+    "KnowledgeChunk",
+    "KnowledgeChunkDeadLetter",
+    "KnowledgeRepository",
+    "KnowledgeSource",
+    "Lease",
+    "LeaseLostError",
+    "Message",
+    "ModelMismatchError",
+    "NewChunk",
+    "NotFoundError",
+    "OpenAIEmbedder",
+    "QueueDepth",
+    "RateLimitedError",
+    "SchemaOutdatedError",
+    "Scope",
+    "SearchFilters",
+    "SearchHit",
+    "SearchRepository",
+    "SearchResult",
+    "SentenceTransformerEmbedder",
+    "Session",
+    "SessionArchiver",
+    "SessionRecord",
+    "SessionRepository",
+    "SessionStatus",
+    "SessionSummary",
+    "Settings",
+    "SourceRecord",
+    "SourceStatus",
+    "SourceType",
+    "StaleSessionError",
+    "Store",
+    "StoreError",
+    "StoreTimeoutError",
+    "StoreUnavailableError",
+    "TransientEmbeddingError",
+    "UnembeddableTextError",
+    "UnitOfWork",
+]

@@ -384,7 +384,7 @@ def _record(row: AnyRow) -> SourceRecord:
         error_code=row.error_code,
         error_message=row.error_message,
         scope=Scope(*(getattr(row, name) for name in _SCOPE_NAMES)),
-        metadata=row.metadata,
+        metadata=row.source_metadata,
         created_at=row.created_at,
         updated_at=row.updated_at,
     )

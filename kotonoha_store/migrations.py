@@ -183,7 +183,7 @@ def ensure_vector(connection: Connection) -> None:
     """Create the extension where it is missing and this role may; used by the first revision.
 
     Raises:
-        ExtensionMissingError: it cannot be created, is older than 0.7, or lies outside the search_path.
+        ExtensionMissingError: it cannot be created, is older than 0.8, or lies outside the search_path.
     """
     found = connection.execute(
         text(
@@ -195,9 +195,10 @@ def ensure_vector(connection: Connection) -> None:
         _create_vector(connection)
         return
     version, schema, visible = found
-    if tuple(int(part) for part in version.split(".")[:2]) < (0, 7):
+    if tuple(int(part) for part in version.split(".")[:2]) < (0, 8):
         raise ExtensionMissingError(
-            f"pgvector {version} has no halfvec; have its owner run: ALTER EXTENSION vector UPDATE (0.7 or newer)"
+            f"pgvector {version} is too old: searches need iterative index scans (0.8 or newer); "
+            "have its owner run: ALTER EXTENSION vector UPDATE"
         )
     if not visible:
         raise ExtensionMissingError(

@@ -204,7 +204,7 @@ class KnowledgeChunk(Base):
         Index("idx_chunks_thread_id", "thread_id", postgresql_where=text("thread_id IS NOT NULL")),
         Index("idx_chunks_user_id", "user_id", postgresql_where=text("user_id IS NOT NULL")),
         # searches within a time range
-        Index("idx_chunks_occurred_from", "occurred_from", postgresql_where=text("occurred_from IS NOT NULL")),
+        Index("idx_chunks_occurred_to", "occurred_to", postgresql_where=text("occurred_to IS NOT NULL")),
     )
 
 

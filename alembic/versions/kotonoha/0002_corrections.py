@@ -102,7 +102,7 @@ INDEXES = (
     "UNIQUE idx_sources_origin ON knowledge_sources(origin_session_id, origin_first_index)",
     "idx_chunks_queue ON knowledge_chunks(source_id, id) WHERE embedding IS NULL",
     *(f"idx_chunks_{column} ON knowledge_chunks({column}) WHERE {column} IS NOT NULL" for column in SCOPE),
-    "idx_chunks_occurred_from ON knowledge_chunks(occurred_from) WHERE occurred_from IS NOT NULL",
+    "idx_chunks_occurred_to ON knowledge_chunks(occurred_to) WHERE occurred_to IS NOT NULL",
     "idx_dlq_source_id ON knowledge_chunks_dlq(source_id)",
 )
 

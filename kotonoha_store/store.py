@@ -1,0 +1,278 @@
+"""The whole library behind one object: :class:`Store`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import Enum
+from functools import cached_property
+from typing import Any, Final
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from kotonoha_store import migrations
+from kotonoha_store.archiver import SessionArchiver
+from kotonoha_store.chunking import split_text
+from kotonoha_store.columns import VectorLike
+from kotonoha_store.database import Database
+from kotonoha_store.embedders import Embedder, embedder_from_settings
+from kotonoha_store.embedding_queue import EmbeddingQueue
+from kotonoha_store.errors import ConfigurationError, InvalidInputError
+from kotonoha_store.knowledge import KnowledgeRepository
+from kotonoha_store.records import (
+    DocumentResult,
+    NewChunk,
+    Scope,
+    SearchFilters,
+    SearchResult,
+    SourceType,
+    check_text,
+)
+from kotonoha_store.retrieval import SearchRepository
+from kotonoha_store.sessions import SessionRepository
+from kotonoha_store.settings import Settings
+from kotonoha_store.worker import EmbeddingWorker
+
+
+class _Default(Enum):
+    """Told apart from None, which means no threshold."""
+
+    FROM_SETTINGS = "from settings"
+
+
+FROM_SETTINGS: Final = _Default.FROM_SETTINGS
+
+
+@dataclass(frozen=True, slots=True)
+class UnitOfWork:
+    """The repositories of one transaction.
+
+    Attributes:
+        session: SQLAlchemy's AsyncSession, for statements of your own on the exported models.
+    """
+
+    session: AsyncSession = field(repr=False)
+    sessions: SessionRepository = field(repr=False)
+    knowledge: KnowledgeRepository = field(repr=False)
+    search: SearchRepository = field(repr=False)
+
+
+class Store:
+    """Sessions, archive, queue and search of one database.
+
+    Made by :meth:`open`. One per process is enough; any number of tasks may use it at once.
+    """
+
+    def __init__(self, database: Database, settings: Settings, embedder: Embedder | None) -> None:
+        self.database = database
+        self.settings = settings
+        self._embedder = embedder
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings | None = None, embedder: Embedder | None = None) -> AsyncIterator["Store"]:
+        """Open the store for the length of an ``async with`` block.
+
+        Args:
+            settings: from the environment where none are given. Where they name no database, the
+                embedded server serves.
+            embedder: made from the settings where none is given, and closed at the end; one that is
+                given stays open.
+
+        Raises:
+            ConfigurationError: the settings cannot be used, or the embedded server cannot be started.
+        """
+        settings = settings or Settings()
+        own = embedder_from_settings(settings) if embedder is None else None
+        try:
+            async with await Database.open(settings) as database:
+                yield cls(database, settings, embedder or own)
+        finally:
+            if own is not None:
+                await own.aclose()
+
+    async def migrate(self) -> None:
+        """Bring the database to this library's revision; see :func:`kotonoha_store.migrations.upgrade`.
+
+        Raises:
+            ExtensionMissingError, ConfigurationError, StoreTimeoutError, StoreUnavailableError
+        """
+        await migrations.upgrade(self.database)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[UnitOfWork]:
+        """One transaction: commits on a clean exit, rolls back on any exception."""
+        async with self.database.begin() as session:
+            yield UnitOfWork(
+                session=session,
+                sessions=SessionRepository(session),
+                knowledge=self._knowledge(session),
+                search=SearchRepository(session),
+            )
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder that was given or configured.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if self._embedder is None:
+            raise ConfigurationError(
+                "no embedder is configured: set OPENAI_API_KEY, or KB_EMBEDDER=local with KB_EMBEDDING_MODEL, "
+                "or KB_EMBEDDER=hashing (finds wording, not meaning), or pass embedder= to Store.open()"
+            )
+        return self._embedder
+
+    @cached_property
+    def queue(self) -> EmbeddingQueue:
+        """The queue of chunks that wait for their vector."""
+        return EmbeddingQueue(
+            self.database,
+            lease=timedelta(seconds=self.settings.kb_embedding_lease_seconds),
+            max_attempts=self.settings.kb_embedding_max_retry,
+            update_batch_size=self.settings.kb_chunk_update_batch_size,
+        )
+
+    @cached_property
+    def embedding_worker(self) -> EmbeddingWorker:
+        """A worker on that queue with the store's embedder.
+
+        Raises:
+            ConfigurationError: there is no embedder.
+        """
+        return EmbeddingWorker(self.queue, self.embedder, batch_size=self.settings.kb_embedding_batch_size)
+
+    @cached_property
+    def archiver(self) -> SessionArchiver:
+        """An archiver with the settings' thresholds and chunk sizes."""
+        settings = self.settings
+        return SessionArchiver(
+            self.database,
+            idle_for=timedelta(hours=settings.kb_archive_threshold_hours),
+            batch_size=settings.kb_archive_batch_size,
+            overlap_messages=settings.kb_archive_overlap_messages,
+            min_session_length=settings.kb_min_session_length,
+            # At most a quarter of the pool: the bot's own queries come first.
+            concurrency=min(5, max(1, settings.db_pool_max_size // 4)),
+            strategy=settings.kb_chat_chunk_strategy,
+            chunk_size_messages=settings.kb_chat_chunk_size_messages,
+            chunk_overlap_messages=settings.kb_chat_chunk_overlap_messages,
+            chunk_max_tokens=settings.kb_chunk_max_tokens,
+            chunk_overlap_ratio=settings.kb_chunk_overlap_ratio,
+            insert_batch_size=settings.kb_chunk_insert_batch_size,
+        )
+
+    async def add_document(
+        self,
+        title: str,
+        text: str,
+        *,
+        uri: str | None = None,
+        source_type: SourceType = SourceType.DOCUMENT_FILE,
+        guild_id: int | None = None,
+        channel_id: int | None = None,
+        thread_id: int | None = None,
+        user_id: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        occurred_at: datetime | None = None,
+    ) -> DocumentResult:
+        """Split a text into chunks and queue them for embedding.
+
+        Added again under the same type, URI and scope, a changed text replaces the old one; chunks
+        that did not change keep their vectors. Without a URI each call adds a new document.
+
+        Args:
+            occurred_at: the time that searches by time range compare, with its zone.
+
+        Raises:
+            InvalidInputError: a blank title or text, or a value that PostgreSQL cannot store.
+        """
+        check_text(text, "text")
+        if occurred_at is not None and occurred_at.tzinfo is None:
+            raise InvalidInputError("occurred_at needs a time zone, such as tzinfo=datetime.UTC")
+        scope = Scope(guild_id=guild_id, channel_id=channel_id, thread_id=thread_id, user_id=user_id)
+        chunks = await asyncio.to_thread(self._document_chunks, text, uri, occurred_at)
+        async with self.begin() as tx:
+            return await tx.knowledge.put_document(
+                title,
+                chunks,
+                type=source_type,
+                uri=uri,
+                scope=scope,
+                metadata=metadata,
+                model=None if self._embedder is None else self._embedder.model,
+            )
+
+    async def search(
+        self,
+        query: str | VectorLike,
+        *,
+        top_k: int | None = None,
+        threshold: float | _Default | None = FROM_SETTINGS,
+        filters: SearchFilters | None = None,
+        everywhere: bool = False,
+        model: str | None = None,
+    ) -> SearchResult:
+        """Find the chunks nearest to a text, or to a vector, in meaning.
+
+        Args:
+            query: a text, embedded here, or a vector of shape (1536,).
+            top_k: at most so many hits; KB_DEFAULT_TOP_K by default.
+            threshold: least similarity; KB_SIMILARITY_THRESHOLD by default, None for none. The right
+                value depends on the model: 0.7 hides most true hits of text-embedding-3-small.
+            filters: what to search in; must name a scope unless ``everywhere``.
+            model: which model made the vector given as query; the store's embedder's by default.
+
+        Raises:
+            InvalidInputError: no scope, a blank query, or a value out of range.
+            InvalidVectorError: the vector cannot be compared.
+            ModelMismatchError: there are vectors in this scope, but none of the query's model.
+            EmbeddingError: the query could not be embedded.
+        """
+        if isinstance(query, str):
+            if not check_text(query, "query").strip():
+                raise InvalidInputError("the query is blank; there is nothing to search for")
+            model = self.embedder.model
+            # Before a connection is taken: none is held while the embedder works.
+            vector: VectorLike = await self.embedder.embed_query(query)
+        else:
+            vector, model = query, model or self.embedder.model
+        async with self.begin() as tx:
+            return await tx.search.nearest(
+                vector,
+                model=model,
+                top_k=self.settings.kb_default_top_k if top_k is None else top_k,
+                threshold=self.settings.kb_similarity_threshold if isinstance(threshold, _Default) else threshold,
+                filters=filters,
+                everywhere=everywhere,
+            )
+
+    def _knowledge(self, session: AsyncSession) -> KnowledgeRepository:
+        return KnowledgeRepository(
+            session,
+            insert_batch_size=self.settings.kb_chunk_insert_batch_size,
+            update_batch_size=self.settings.kb_chunk_update_batch_size,
+        )
+
+    def _document_chunks(self, text: str, uri: str | None, occurred_at: datetime | None) -> list[NewChunk]:
+        pieces = split_text(
+            text, max_tokens=self.settings.kb_chunk_max_tokens, overlap_ratio=self.settings.kb_chunk_overlap_ratio
+        )
+        return [
+            NewChunk(
+                content=piece.content,
+                token_count=piece.token_count,
+                occurred_from=occurred_at,
+                occurred_to=occurred_at,
+                location={
+                    "url": uri,
+                    "label": f"characters {piece.start + 1} to {piece.end}",
+                    "chunk_index": index,
+                    "start": piece.start,
+                    "end": piece.end,
+                },
+            )
+            for index, piece in enumerate(pieces)
+        ]

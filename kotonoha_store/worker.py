@@ -1,0 +1,193 @@
+"""From text to vector: :class:`EmbeddingWorker`."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kotonoha_store.columns import check_vectors
+from kotonoha_store.embedders import Embedder
+from kotonoha_store.embedding_queue import EmbeddingQueue
+from kotonoha_store.errors import (
+    EmbedderConfigurationError,
+    EmbeddingError,
+    ErrorCode,
+    InvalidVectorError,
+    LeaseLostError,
+    RateLimitedError,
+    TransientEmbeddingError,
+    UnembeddableTextError,
+)
+from kotonoha_store.records import ClaimedChunk, Lease
+
+BACKOFF: Final = (timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=15))
+"""How long to wait after the first, second, third failed attempt; the last holds for all later ones."""
+
+RATE_LIMIT_DELAY: Final = timedelta(minutes=1)
+"""How long to wait when the provider asks to, but does not say how long."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingReport:
+    """What became of the chunks that were claimed.
+
+    Attributes:
+        deferred: put off without a fault of theirs, to be tried again later.
+        failed: put off after a failed attempt.
+        buried: now dead letters.
+        lost: given to another worker meanwhile; its result counts.
+    """
+
+    claimed: int = 0
+    embedded: int = 0
+    deferred: int = 0
+    failed: int = 0
+    buried: int = 0
+    lost: int = 0
+
+    def __add__(self, other: "EmbeddingReport") -> "EmbeddingReport":
+        return EmbeddingReport(
+            claimed=self.claimed + other.claimed,
+            embedded=self.embedded + other.embedded,
+            deferred=self.deferred + other.deferred,
+            failed=self.failed + other.failed,
+            buried=self.buried + other.buried,
+            lost=self.lost + other.lost,
+        )
+
+
+class EmbeddingWorker:
+    """Claims chunks, has them embedded, writes the vectors. Any number of workers may run at once.
+
+    While the embedder works, no transaction and no connection is held.
+    """
+
+    def __init__(
+        self,
+        queue: EmbeddingQueue,
+        embedder: Embedder,
+        *,
+        batch_size: int = 100,
+        backoff: Sequence[timedelta] = BACKOFF,
+    ) -> None:
+        self._queue = queue
+        self._embedder = embedder
+        self._batch_size = batch_size
+        self._backoff = tuple(backoff)
+
+    async def run_until_empty(self) -> EmbeddingReport:
+        """Embed batch after batch until nothing can be claimed now.
+
+        What failed or was put off waits for its time and is not waited for.
+
+        Raises:
+            EmbedderConfigurationError: key, permission, model or dimension is wrong; the chunks wait on.
+            StoreUnavailableError: the database did not answer.
+        """
+        total = EmbeddingReport()
+        while (report := await self.run_once()).claimed:
+            total += report
+            if report.deferred:
+                break  # the provider asked for a pause
+        else:
+            return total
+        return total
+
+    async def run_once(self) -> EmbeddingReport:
+        """Claim one batch and see it through.
+
+        Raises: as :meth:`run_until_empty`.
+        """
+        lease = await self._queue.claim(self._batch_size)
+        if not lease.chunks:
+            return EmbeddingReport()
+        try:
+            report = await self._embed(lease, lease.chunks)
+        except (asyncio.CancelledError, EmbedderConfigurationError) as stopped:
+            code = stopped.code if isinstance(stopped, EmbedderConfigurationError) else None
+            # Back at once, with the attempt; shielded, since a second cancellation would leave them leased.
+            await asyncio.shield(self._give_back(lease, code))
+            raise
+        return EmbeddingReport(claimed=len(lease.chunks)) + report
+
+    async def _give_back(self, lease: Lease, code: ErrorCode | None) -> None:
+        try:
+            await self._queue.defer(lease, lease.chunk_ids, timedelta(0), code)
+        except LeaseLostError:
+            logger.info("part of the lease had been finished or lost already")
+
+    async def _embed(self, lease: Lease, chunks: Sequence[ClaimedChunk]) -> EmbeddingReport:
+        ids = [chunk.chunk_id for chunk in chunks]
+        try:
+            vectors = await self._vectors(chunks)
+        except UnembeddableTextError as error:
+            if len(chunks) > 1:
+                # At least one of them is at fault: halve, so that it costs itself and no neighbour.
+                middle = len(chunks) // 2
+                return await self._embed(lease, chunks[:middle]) + await self._embed(lease, chunks[middle:])
+            logger.warning("chunk %s is refused by the embedder: %s", ids[0], error.code)
+            return await self._settle(self._bury(lease, ids, error.code))
+        except RateLimitedError as error:
+            delay = RATE_LIMIT_DELAY if error.retry_after is None else timedelta(seconds=error.retry_after)
+            logger.warning("rate limited: %d chunks wait %s", len(ids), delay)
+            return await self._settle(self._defer(lease, ids, delay, error.code))
+        except EmbedderConfigurationError:
+            raise
+        except EmbeddingError as error:
+            logger.warning("%d chunks could not be embedded: %s", len(ids), error.code)
+            return await self._settle(self._fail(lease, chunks, error.code))
+        except Exception:
+            # A fault of the embedder itself. The attempt counts, so that it cannot be repeated for ever.
+            logger.exception("the embedder failed on %d chunks", len(ids))
+            return await self._settle(self._fail(lease, chunks, ErrorCode.UNKNOWN_ERROR))
+        return await self._settle(self._complete(lease, ids, vectors))
+
+    async def _vectors(self, chunks: Sequence[ClaimedChunk]) -> NDArray[np.float32]:
+        vectors: Any = await self._embedder.embed_documents([chunk.content for chunk in chunks])
+        if len(vectors) != len(chunks):
+            raise TransientEmbeddingError(f"{len(chunks)} texts, but {len(vectors)} vectors")
+        try:
+            return check_vectors(vectors)
+        except InvalidVectorError as error:
+            raise UnembeddableTextError(str(error)) from error
+
+    async def _settle(self, outcome: Any) -> EmbeddingReport:
+        try:
+            report: EmbeddingReport = await outcome
+        except LeaseLostError as error:
+            logger.warning("%s", error)
+            return EmbeddingReport(lost=len(error.chunk_ids))
+        return report
+
+    async def _complete(self, lease: Lease, ids: list[int], vectors: NDArray[np.float32]) -> EmbeddingReport:
+        await self._queue.complete(lease, ids, vectors, self._embedder.model)
+        return EmbeddingReport(embedded=len(ids))
+
+    async def _bury(self, lease: Lease, ids: list[int], code: ErrorCode) -> EmbeddingReport:
+        await self._queue.bury(lease, ids, code, model=self._embedder.model)
+        return EmbeddingReport(buried=len(ids))
+
+    async def _defer(self, lease: Lease, ids: list[int], delay: timedelta, code: ErrorCode) -> EmbeddingReport:
+        await self._queue.defer(lease, ids, delay, code)
+        return EmbeddingReport(deferred=len(ids))
+
+    async def _fail(self, lease: Lease, chunks: Sequence[ClaimedChunk], code: ErrorCode) -> EmbeddingReport:
+        report = EmbeddingReport()
+        for attempt in sorted({chunk.attempt for chunk in chunks}):
+            ids = [chunk.chunk_id for chunk in chunks if chunk.attempt == attempt]
+            buried = await self._queue.fail(lease, ids, code, retry_in=self._delay(attempt), model=self._embedder.model)
+            report += EmbeddingReport(failed=len(ids) - len(buried), buried=len(buried))
+        return report
+
+    def _delay(self, attempt: int) -> timedelta:
+        # Jitter, so that what failed together does not come back together.
+        base = self._backoff[min(attempt, len(self._backoff)) - 1]
+        return base * random.uniform(0.8, 1.2)  # noqa: S311  no secret
