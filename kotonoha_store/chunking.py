@@ -22,9 +22,8 @@ MIN_TOKENS = 16  # the least max_tokens: any one character, with a shortened aut
 
 # A piece never spans more characters than this for each token: a million spaces are few tokens, and a useless piece.
 _CHARS_PER_TOKEN = 16
-# In characters: how far before the end of a piece a good boundary is looked for, and what the splitter sees after it.
-_REACH = 8192
-_LOOKAHEAD = 32
+_LOOKAHEAD = 32  # characters that the splitter sees after the end of a piece
+_STRETCH = 8192
 
 _OPENING = "「『（【〈《〔［｛“‘(["
 
@@ -287,7 +286,7 @@ def _piece(text: str, start: int, fresh: int, max_tokens: int, label: str) -> Te
     room = min(len(text) - start, max_tokens * _CHARS_PER_TOKEN)
     high = start + _longest(lambda n: count_tokens(label + text[start : start + n]), room, max_tokens)
     while high > fresh:
-        low = max(fresh, (start + high) // 2, high - _REACH)
+        low = max(fresh, (start + high) // 2)
         end = start + len(text[start : _boundary(text, low, high)].rstrip())
         piece = _text_piece(text, start, end, label)
         if piece.token_count <= max_tokens:
@@ -309,14 +308,14 @@ def _step_back(text: str, floor: int, end: int, budget: int) -> int:
     if length < 2:
         return end
     low = end - length
-    start = _boundary(text, low, low + min(length // 2, _REACH))
+    start = _boundary(text, low, low + length // 2)
     return start if count_tokens(text[start:end]) <= budget else end
 
 
 def _boundary(text: str, low: int, high: int) -> int:
     """The last boundary of the best kind in ``text[low:high]``, in (low, high]."""
-    # With what follows: else the splitter would take ``high`` for the end of a word or sentence. Characters, not
-    # tokens, and a bounded stretch: over a long run of one letter or of newlines the splitter's time is quadratic.
+    # With what follows: else the splitter would take ``high`` for the end of a word or sentence. In characters:
+    # counting tokens, its time is quadratic over a long run of one letter or of newlines.
     stretch = text[low : high + _LOOKAHEAD]
     chunk = TextSplitter(high - low, trim=False).chunks(stretch)[0]
     # Unicode counts the 「 in 。「 to the sentence before it. One or two: a long run is no quotation.
@@ -327,7 +326,7 @@ def _boundary(text: str, low: int, high: int) -> int:
 def _skip_space(text: str, start: int) -> int:
     # In steps: lstrip() alone would copy all the rest of a long text for every piece.
     while start < len(text):
-        stretch = text[start : start + _REACH]
+        stretch = text[start : start + _STRETCH]
         kept = len(stretch.lstrip())
         if kept:
             return start + len(stretch) - kept

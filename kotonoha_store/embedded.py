@@ -320,6 +320,10 @@ class _Cluster:
             except (psutil.Error, OSError):
                 _log.warning("the server of the removed directory %s may still run", self.data_dir)
             return
+        # Only a server that answers: the number in a stale postmaster.pid may be that of anything.
+        address = self.address()
+        if not address or self.run("pg_isready", "-h", address[1], "-p", str(address[2]))[0] > 1:
+            return
         status, output = self.run("pg_ctl", "stop", "-m", "fast", "-w", "-t", "60", "-D", ".")
         if status and (self.data_dir / "postmaster.pid").exists():
             _log.warning("the server of %s was not stopped: %s", self.data_dir, _tail(output))

@@ -379,6 +379,23 @@ def test_server_that_does_not_start_shows_its_log(data_dir: Path) -> None:
     assert data_dir not in embedded._held
 
 
+def test_failed_start_signals_no_stranger(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded._Cluster, "_remove_stale_locks", lambda *_: None)
+    owner = data_dir.stat()
+    ids: dict[str, Any] = {"user": owner.st_uid, "group": owner.st_gid} if os.geteuid() == 0 else {}
+    other = subprocess.Popen(["sleep", "60"], **ids)
+    try:
+        lines = [other.pid, data_dir, 1700000000, 5432, ".", "", "  1  2", "ready   "]
+        (data_dir / "postmaster.pid").write_text("\n".join(map(str, lines)))
+        os.chown(data_dir / "postmaster.pid", owner.st_uid, owner.st_gid)
+        with pytest.raises(ConfigurationError, match="already exists"):
+            start(data_dir)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_failed_initdb(base: Path) -> None:
     cluster = embedded._Cluster(base, Path(shutil.which("false") or "").parent, {})
     (base / "initdb").write_text("#!/bin/sh\necho 'No space left on device' >&2; exit 1\n")
