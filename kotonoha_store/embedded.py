@@ -10,8 +10,9 @@ user may connect.
 As root, PostgreSQL refuses to run. A new data directory is given to the system user ``pgserver``
 (made by ``useradd`` when missing), an existing one is served as the user who owns it, and the
 default directory is below ``/var/lib/kotonoha-store``. No permission outside of the data directory
-is changed: a data directory which that user cannot reach is an error, and programs which it cannot
-reach (a virtual environment in ``/root``) are copied once to ``/var/lib/kotonoha-store``, 40 MB.
+is changed, save that private directories below the temporary one may be passed through (not listed):
+a data directory which that user cannot reach is an error, and programs which it cannot reach (a virtual
+environment in ``/root``) are copied once to ``/var/lib/kotonoha-store``, 40 MB.
 
 The last process that lets go, or exits, stops the server. Using it is a file lock that the kernel
 takes back, so a killed process does not count; if *all* were killed, the server runs on until the
@@ -405,11 +406,21 @@ def _owner(data_dir: Path) -> dict[str, Any]:
         uid, gid = entry.pw_uid, entry.pw_gid
     owner = {"user": uid, "group": gid, "extra_groups": []}
     if not _can_enter(data_dir.parent, owner):
+        _let_through(data_dir.parent)
+    if not _can_enter(data_dir.parent, owner):
         raise ConfigurationError(
             f"the server, which as root is run as user {uid}, cannot enter {data_dir.parent}: set KB_EMBEDDED_DIR "
             "to a directory outside of private ones, or do not run as root"
         )
     return owner
+
+
+def _let_through(directory: Path) -> None:
+    """Let others pass through, not list, private directories below the temporary one, as mktemp -d makes."""
+    temporary = Path(tempfile.gettempdir()).resolve()
+    for parent in (directory, *directory.parents):
+        if temporary in parent.parents and parent.stat().st_uid == 0:
+            parent.chmod(parent.stat().st_mode | 0o011)
 
 
 def _can_enter(directory: Path, owner: dict[str, Any]) -> bool:

