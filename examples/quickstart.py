@@ -90,7 +90,7 @@ def built_in() -> Conversation:
 
 
 def from_file(path: Path) -> Conversation:
-    """Read ``{conversation, speakers, sessions: [{session, started_at, messages: [{id, speaker, text}]}], questions}``."""
+    """Read a conversation in the shape that ``--help`` tells."""
     data = json.loads(path.read_text(encoding="utf-8"))
     bot = data["speakers"][1]
     sessions: dict[str, list[Message]] = {}
@@ -152,11 +152,10 @@ async def ask(store: Store, conversation: Conversation, question: str, top_k: in
     )
     console.print(f"\n[bold]{question}[/bold]", highlight=False)
     for hit in result.hits:
-        where = hit.url or ""
-        console.print(f"  {hit.similarity:.2f}  {hit.title}  ({hit.location['label']})", highlight=False, markup=False)
-        console.print(f"        {where}", highlight=False, markup=False, soft_wrap=True)
-        for line in hit.content.splitlines():
-            console.print(f"        {line}", highlight=False, markup=False, style="dim")
+        lines = [f"  {hit.similarity:.2f}  {hit.title}  ({hit.location['label']})", f"        {hit.url}"]
+        lines += [f"        | {line}" for line in hit.content.splitlines()]
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def choose_embedder(settings: Settings) -> Embedder:

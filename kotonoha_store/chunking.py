@@ -291,7 +291,7 @@ def _piece(text: str, start: int, fresh: int, max_tokens: int, label: str) -> Te
         piece = _text_piece(text, start, end, label)
         if piece.token_count <= max_tokens:
             return piece
-        # A shorter text can have more tokens ("word" two, "word," one): rare, and a little less helps.
+        # A shorter text can have more tokens, since other letters join: rare, and a little less helps.
         high = end - 1
     return None
 

@@ -4,7 +4,8 @@ What comes in (:class:`Message`, :class:`SearchFilters`) is validated by pydanti
 frozen, slotted dataclass.
 """
 
-from collections.abc import Mapping
+import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -15,6 +16,7 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -56,6 +58,7 @@ class SourceStatus(StrEnum):
 
 
 BIGINT_MAX = 2**63 - 1
+JSON_MAX_DEPTH = 200  # pydantic refuses more than 255, Python's json a little more
 
 
 def check_text(value: str, what: str = "text") -> str:
@@ -82,13 +85,16 @@ def check_json(value: object, what: str = "JSON value") -> None:
     """Refuse what ``jsonb`` would refuse, before the server does.
 
     Raises:
-        InvalidInputError: NUL or a lone surrogate in a key or string, NaN or infinity, or a value
-            that JSON does not know; the message gives the path to it.
+        InvalidInputError: NUL or a lone surrogate in a key or string, NaN or infinity, a value that
+            JSON does not know, or nesting deeper than :data:`JSON_MAX_DEPTH` (a value that contains
+            itself, too); the message gives the path to it.
     """
     # A stack and not recursion: the nesting depth is the caller's.
-    stack: list[tuple[object, str]] = [(value, what)]
+    stack: list[tuple[object, str, int]] = [(value, what, 0)]
     while stack:
-        item, path = stack.pop()
+        item, path, depth = stack.pop()
+        if depth > JSON_MAX_DEPTH:
+            raise InvalidInputError(f"{what} is nested more than {JSON_MAX_DEPTH} levels deep")
         if isinstance(item, str):
             check_text(item, path)
         elif item is None or isinstance(item, (bool, int)):
@@ -96,14 +102,14 @@ def check_json(value: object, what: str = "JSON value") -> None:
         elif isinstance(item, float):
             if item != item or item in (float("inf"), float("-inf")):
                 raise InvalidInputError(f"{path} is {item}, which JSON cannot hold")
-        elif isinstance(item, Mapping):
+        elif isinstance(item, dict):
             for key, inner in item.items():
                 if not isinstance(key, str):
                     raise InvalidInputError(f"{path} has the key {key!r}; JSON keys are strings")
                 check_text(key, f"a key of {path}")
-                stack.append((inner, f"{path}.{key}"))
+                stack.append((inner, f"{path}.{key}", depth + 1))
         elif isinstance(item, (list, tuple)):
-            stack.extend((inner, f"{path}[{index}]") for index, inner in enumerate(item))
+            stack.extend((inner, f"{path}[{index}]", depth + 1) for index, inner in enumerate(item))
         else:
             raise InvalidInputError(f"{path} is a {type(item).__name__}, which JSON cannot hold")
 
@@ -112,14 +118,23 @@ def _storable(value: str) -> str:
     return check_text(value)
 
 
-def _storable_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+def _storable_json(value: object) -> object:
     check_json(value)
     return value
 
 
+def _in_utc(value: datetime) -> datetime:
+    """The same instant: an offset of odd seconds does not survive JSON, and PostgreSQL keeps none."""
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("the time lies outside the years 1 to 9999 in UTC") from None
+
+
 StoredText = Annotated[str, AfterValidator(_storable)]
 BigInt = Annotated[int, Field(strict=True, ge=-BIGINT_MAX - 1, le=BIGINT_MAX)]
-JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_storable_json)]
+JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_storable_json)]
+Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class _Input(BaseModel):
@@ -145,7 +160,8 @@ class Message(_Input):
     Attributes:
         role: who speaks, as the chat APIs name it: ``user``, ``assistant``, ``system``, ``tool`` ...
         content: the text; may be empty (an attachment alone).
-        timestamp: when it was said, with its time zone. None only for stored messages that never had one.
+        timestamp: when it was said, given with its time zone and kept in UTC. None only for stored
+            messages that never had one.
         author: the speaker's display name.
         message_id: the platform's id (64-bit integers survive), used for links.
         metadata: anything else to keep with the message.
@@ -153,7 +169,7 @@ class Message(_Input):
 
     role: Annotated[StoredText, Field(min_length=1, max_length=64)]
     content: StoredText
-    timestamp: AwareDatetime | None = Field(default_factory=lambda: datetime.now(UTC))
+    timestamp: Instant | None = Field(default_factory=lambda: datetime.now(UTC))
     author: StoredText | None = None
     message_id: BigInt | StoredText | None = None
     metadata: JsonObject = Field(default_factory=dict)
@@ -178,23 +194,39 @@ class Message(_Input):
         """Read a message as another program may have stored it: leniently, losing nothing.
 
         A missing role becomes ``user``, a missing or null content the empty text, an unreadable
-        timestamp None; unknown fields and unreadable values are kept under ``metadata``.
+        timestamp None; unknown fields and unreadable values are kept under ``metadata`` (as
+        ``stored.<name>`` where that name is taken), and what fits no message at all as JSON text
+        under ``metadata["stored"]``.
         """
-        if not isinstance(data, dict):
-            return cls(role="user", content="", timestamp=None, metadata={"stored": data})
-        known = {name: data[name] for name in cls.model_fields if name in data}
-        metadata = dict(known.pop("metadata", None) or {}) if isinstance(data.get("metadata"), dict) else {}
-        known.pop("metadata", None)
-        metadata.update({name: value for name, value in data.items() if name not in cls.model_fields})
-        fields: dict[str, Any] = {"role": "user", "content": "", "timestamp": None}
-        for name, value in known.items():
-            if value is None:
+        try:
+            return cls._from_object(data) if isinstance(data, dict) else cls._blank(metadata={"stored": data})
+        except InvalidInputError:
+            return cls._blank(metadata={"stored": json.dumps(data)})
+
+    @classmethod
+    def _blank(cls, **fields: Any) -> Self:
+        return cls(**{"role": "user", "content": "", "timestamp": None, **fields})
+
+    @classmethod
+    def _from_object(cls, data: dict[str, Any]) -> Self:
+        if data.keys() <= cls.model_fields.keys():
+            with suppress(InvalidInputError):
+                return cls._blank(**data)  # as to_stored() writes it
+        metadata = dict(data["metadata"]) if isinstance(data.get("metadata"), dict) else {}
+        fields: dict[str, Any] = {}
+        for name, value in data.items():
+            if name == "metadata" and isinstance(value, dict):
                 continue
-            try:
-                fields[name] = getattr(cls(**{"role": "user", "content": "", name: value}), name)
-            except InvalidInputError:
-                metadata[name] = value
-        return cls(**fields, metadata=metadata)
+            if name in cls.model_fields and value is None:
+                continue
+            if name in cls.model_fields and name != "metadata":
+                with suppress(InvalidInputError):
+                    fields[name] = getattr(cls._blank(**{name: value}), name)
+                    continue
+            while name in metadata:
+                name = f"stored.{name}"
+            metadata[name] = value
+        return cls._blank(**fields, metadata=metadata)
 
     def to_stored(self) -> dict[str, Any]:
         """The JSON object that stands in ``sessions.messages``; absent fields are left out."""
@@ -224,8 +256,8 @@ class SearchFilters(_Input):
     user_id: BigInt | None = None
     source_ids: tuple[BigInt, ...] | None = None
     source_types: tuple[SourceType, ...] | None = None
-    since: AwareDatetime | None = None
-    until: AwareDatetime | None = None
+    since: Instant | None = None
+    until: Instant | None = None
     metadata: JsonObject | None = None
 
     @model_validator(mode="after")

@@ -1,13 +1,32 @@
 """The status of a source, which follows its chunks. Shared by everything that writes chunks."""
 
 from collections.abc import Sequence
+from typing import Final
 
-from sqlalchemy import ColumnElement, Update, and_, case, exists, literal_column, not_, select, update
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Update,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    literal_column,
+    not_,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.columns import AnySelect
 from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
 from kotonoha_store.records import SourceStatus
+
+
+# One array: of single parameters a statement takes 32,767 only.
+_IDS: Final = bindparam("ids", type_=ARRAY(BigInteger))
 
 
 async def lock_sources(session: AsyncSession, source_ids: Sequence[int]) -> None:
@@ -16,7 +35,7 @@ async def lock_sources(session: AsyncSession, source_ids: Sequence[int]) -> None
     Always first, always in id order: a cascading delete locks source, then chunk, and whoever did it
     the other way round would deadlock with it.
     """
-    await session.execute(_lock(source_ids))
+    await session.execute(_lock(), {"ids": list(source_ids)})
 
 
 async def recompute_status(session: AsyncSession, source_ids: Sequence[int]) -> None:
@@ -25,19 +44,19 @@ async def recompute_status(session: AsyncSession, source_ids: Sequence[int]) -> 
     A statement of its own after the writes, under READ COMMITTED: the second of two workers that
     finish a source together waited at the lock, and sees here what the first one wrote.
     """
-    await session.execute(_recompute(source_ids))
+    await session.execute(_recompute(), {"ids": list(source_ids)})
 
 
-def _lock(source_ids: Sequence[int]) -> AnySelect:
+def _lock() -> AnySelect:
     return (
         select(KnowledgeSource.id)
-        .where(KnowledgeSource.id.in_(source_ids))
+        .where(KnowledgeSource.id == func.any(_IDS))
         .order_by(KnowledgeSource.id)
         .with_for_update(key_share=True)
     )
 
 
-def _recompute(source_ids: Sequence[int]) -> Update:
+def _recompute() -> Update:
     of_source = KnowledgeChunk.source_id == KnowledgeSource.id
     waiting = exists().where(of_source, KnowledgeChunk.embedding.is_(None))
     embedded = exists().where(of_source, KnowledgeChunk.embedding.is_not(None))
@@ -54,7 +73,7 @@ def _recompute(source_ids: Sequence[int]) -> Update:
     )
     return (
         update(KnowledgeSource)
-        .where(KnowledgeSource.id.in_(source_ids))
+        .where(KnowledgeSource.id == func.any(_IDS))
         .values(
             status=status,
             error_code=case((not_(dead), None), else_=KnowledgeSource.error_code),

@@ -406,14 +406,21 @@ def test_failed_initdb(base: Path) -> None:
         cluster.ensure_initialized(18)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="for root")
-def test_root_opens_no_private_directory(base: Path, data_dir: Path) -> None:
-    base.chmod(0o700)
-    with pytest.raises(ConfigurationError, match="cannot enter"):
-        start(data_dir)
-    assert base.stat().st_mode & 0o777 == 0o700
-    base.chmod(0o755)
-    assert default_data_dir(18) == Path("/var/lib/kotonoha-store/postgres-18")
+if os.name == "posix" and os.geteuid() == 0:
+
+    def test_root_opens_no_private_directory(base: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(base.parent / "elsewhere"))
+        base.chmod(0o700)
+        with pytest.raises(ConfigurationError, match="cannot enter"):
+            start(data_dir)
+        assert base.stat().st_mode & 0o777 == 0o700
+        base.chmod(0o755)
+        assert default_data_dir(18) == Path("/var/lib/kotonoha-store/postgres-18")
+
+    def test_root_lets_the_server_pass_through_a_temporary_directory(base: Path, data_dir: Path) -> None:
+        base.chmod(0o700)
+        start(data_dir).stop()
+        assert base.stat().st_mode & 0o777 == 0o711
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""The documentation, executed: README and examples."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import settings_for
+from sqlalchemy import URL, func, select
+
+from kotonoha_store import Database, KnowledgeChunk, KnowledgeSource, Session
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+CONVERSATION = {
+    "conversation": "garden",
+    "speakers": ["Aoi", "Ben"],
+    "sessions": [
+        {
+            "session": 1,
+            "started_at": "2026-03-01T09:00:00+00:00",
+            "messages": [
+                {"id": "D1:1", "speaker": "Aoi", "text": "I planted twelve tomatoes behind the greenhouse today."},
+                {"id": "D1:2", "speaker": "Ben", "text": "Lovely! Mind the late frost in April."},
+            ],
+        },
+        {
+            "session": 2,
+            "started_at": "2026-03-09T18:30:00",
+            "messages": [{"id": "D2:1", "speaker": "Aoi", "text": "The hedgehog is back, it sleeps under the shed."}],
+        },
+    ],
+    "questions": [{"question": "Where did Aoi plant the tomatoes?"}, {"question": "Where does the hedgehog sleep?"}],
+}
+
+
+def run(url: URL | None, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    if url is not None:
+        environment["DATABASE_URL"] = url.render_as_string(hide_password=False)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "160", "PYTHONWARNINGS": "error", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def hits(output: str, question: str) -> str:
+    """What was printed for a question, up to the second hit."""
+    after = output.split(question, 1)[1].split("\n\n", 1)[0]
+    return re.split(r"\n  \S+\d\.\d\d|\n  \d\.\d\d", after, maxsplit=2)[1]
+
+
+def test_quickstart_finds_what_was_said(empty_url: URL) -> None:
+    done = run(empty_url, "examples/quickstart.py")
+    assert done.returncode == 0, done.stderr
+    assert "北海道" in hits(done.stdout, "梅雨がないのはどこ？")
+    first = hits(done.stdout, "What is the puppy's name?")
+    assert "Biscuit" in first
+    assert "https://discord.com/channels/" in first
+
+
+def test_quickstart_takes_a_file_and_replaces_what_it_left(empty_url: URL, tmp_path: Path) -> None:
+    path = tmp_path / "garden.json"
+    path.write_text(json.dumps(CONVERSATION), encoding="utf-8")
+    for _ in range(2):
+        done = run(empty_url, "examples/quickstart.py", str(path))
+        assert done.returncode == 0, done.stderr
+        assert "greenhouse" in hits(done.stdout, "Where did Aoi plant the tomatoes?")
+        assert "shed" in hits(done.stdout, "Where does the hedgehog sleep?")
+
+    async def count() -> list[int]:
+        async with Database(empty_url, settings_for(empty_url)) as database, database.begin() as session:
+            return [
+                (await session.execute(select(func.count()).select_from(table))).scalar_one()
+                for table in (Session, KnowledgeSource, KnowledgeChunk)
+            ]
+
+    assert asyncio.run(count()) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "Expecting property name"), ("{}", "speakers"), ('{"speakers": 3}', "subscriptable")],
+    ids=["no JSON", "no speakers", "odd speakers"],
+)
+def test_quickstart_says_in_a_line_what_is_wrong_with_a_file(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(text, encoding="utf-8")
+    done = run(None, "examples/quickstart.py", str(path))
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_quickstart_leaves_other_peoples_chunks_alone(migrated_url: URL) -> None:
+    async def add() -> None:
+        async with Database(migrated_url, settings_for(migrated_url)) as database, database.begin() as session:
+            from kotonoha_store import KnowledgeRepository, NewChunk, SourceType
+
+            knowledge = KnowledgeRepository(session)
+            source = await knowledge.add_source(SourceType.WEB_PAGE, "somebody's")
+            await knowledge.add_chunks(source, [NewChunk("waits for another model")])
+
+    asyncio.run(add())
+    done = run(migrated_url, "examples/quickstart.py")
+    assert done.returncode == 1
+    assert "1 chunks of somebody else" in done.stderr
+
+
+def test_quickstart_on_an_unreachable_database_says_so_without_the_password() -> None:
+    done = run(
+        None,
+        "examples/quickstart.py",
+        DATABASE_URL="postgresql://kotonoha:se%25cret@127.0.0.1:9/kotonoha",
+        DB_CONNECT_ATTEMPTS="1",
+    )
+    assert done.returncode == 1
+    assert "cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cret" not in done.stdout + done.stderr
+
+
+def test_readme_code_runs(empty_url: URL, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
+        script = tmp_path / f"block{number}.py"
+        script.write_text(block, encoding="utf-8")
+        done = run(empty_url, str(script))
+        assert done.returncode == 0, done.stderr
+        assert "梅雨" in done.stdout.splitlines()[0]
+
+
+def test_readme_commands_are_what_is_run() -> None:
+    quickstart, tests = re.findall(r"<!-- \w+ command -->\n```sh\n(.*)\n```", README)
+    assert quickstart.endswith("examples/quickstart.py")
+    assert tests.endswith("-m pytest")
+    # CI takes the line from here.
+    assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_every_setting_is_in_the_example_file() -> None:
+    from kotonoha_store import Settings
+
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    unused = {"kb_embedding_max_concurrent", "kb_embedding_interval_minutes", "kb_archive_interval_hours"}
+    missing = [name for name in Settings.model_fields if name not in unused and f"{name.upper()}=" not in example]
+    assert missing == []
