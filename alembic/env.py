@@ -4,9 +4,11 @@ import asyncio
 from dataclasses import dataclass
 
 from alembic import context
+from alembic.util import CommandError
 from sqlalchemy import Connection, MetaData
 
 from kotonoha_store import migrations
+from kotonoha_store.errors import ConfigurationError
 from kotonoha_store.models import Base
 from kotonoha_store.settings import Settings
 
@@ -24,7 +26,11 @@ config = context.config
 target = TARGETS[config.config_ini_section]
 # What revisions read: KB_HNSW_M, KB_HNSW_EF_CONSTRUCTION, KB_EMBEDDING_MODEL.
 if "settings" not in config.attributes:
-    config.attributes["settings"] = Settings()
+    try:
+        config.attributes["settings"] = Settings()
+    except ConfigurationError as error:
+        # The command prints this one in a line.
+        raise CommandError(str(error)) from error
 
 
 def run(connection: Connection) -> None:
@@ -41,6 +47,8 @@ def run(connection: Connection) -> None:
 def run_offline() -> None:
     context.configure(
         dialect_name="postgresql",
+        # The default would double every %.
+        dialect_opts={"paramstyle": "named"},
         target_metadata=target.metadata,
         literal_binds=True,
         transaction_per_migration=True,

@@ -14,7 +14,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from kotonoha_store.chunking import ChatPiece, chunk_messages
 from kotonoha_store.columns import AnyRow, AnySelect
 from kotonoha_store.database import Database, translated
-from kotonoha_store.errors import InvalidInputError, NotFoundError, StoreError, StoreUnavailableError
+from kotonoha_store.errors import (
+    InvalidInputError,
+    NotFoundError,
+    StaleSessionError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.models import Session
 from kotonoha_store.records import Message, NewChunk, Scope, SessionStatus, SourceType
@@ -49,7 +55,8 @@ class ArchiveReport:
 
     Attributes:
         archived: sessions that became a source.
-        skipped: sessions marked archived without a source: too short, or nobody asked anything.
+        skipped: sessions marked archived without a source: too short, nobody asked anything, or
+            nothing new.
         failed: (session id, error) of those left as they were.
     """
 
@@ -107,7 +114,19 @@ class SessionArchiver:
             overlap_messages: how many archived messages stay in the session as context.
             min_session_length: characters below which a session is not worth a source.
             concurrency: sessions archived at once; each holds a connection.
+
+        Raises:
+            InvalidInputError: a size or number is out of its range.
         """
+        least = {
+            "batch_size": (batch_size, 1),
+            "overlap_messages": (overlap_messages, 0),
+            "concurrency": (concurrency, 1),
+            "insert_batch_size": (insert_batch_size, 1),
+        }
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise InvalidInputError(f"{name} must be at least {minimum}, got {value}")
         self._database = database
         self._idle_for = idle_for
         self._batch_size = batch_size
@@ -146,8 +165,12 @@ class SessionArchiver:
         while True:
             async with self._database.begin() as session:
                 due = await SessionRepository(session).due_for_archiving(idle_for, limit=self._batch_size, after=cursor)
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._guarded(entry.id, limit, failed)) for entry in due]
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(self._guarded(entry.id, limit, failed)) for entry in due]
+            except ExceptionGroup as errors:
+                # The first is why the others were cancelled.
+                raise errors.exceptions[0] from errors.exceptions[0].__cause__
             done.extend(task.result() for task in tasks)
             if len(due) < self._batch_size:
                 break
@@ -163,11 +186,12 @@ class SessionArchiver:
 
     @translated
     async def archive(self, session_id: int) -> ArchivedSession | None:
-        """Archive one session now, quiet or not; None if another archiver was quicker or it holds nothing new.
+        """Archive one session now, quiet or not; None if it is archived already.
 
         Raises:
             NotFoundError: the session is gone.
-            StoreUnavailableError: the database did not answer, or the session was rewritten each time it was tried.
+            StaleSessionError: the session was rewritten each time it was tried.
+            StoreUnavailableError: the database did not answer.
         """
         for _ in range(_CONFLICT_ATTEMPTS):
             async with self._database.begin() as session:
@@ -175,7 +199,7 @@ class SessionArchiver:
             if row is None:
                 raise NotFoundError(f"session {session_id} is gone; nothing was archived")
             snapshot = _read(row)
-            if row.status is SessionStatus.ARCHIVED or not snapshot.new:
+            if row.status is SessionStatus.ARCHIVED:
                 return None
             # Off the event loop: splitting a long text into tokens is work.
             chunks = await asyncio.to_thread(self._chunks, snapshot)
@@ -183,7 +207,7 @@ class SessionArchiver:
                 locked = (await session.execute(_lock(session_id))).one_or_none()
                 if locked is not None and locked.rewrite_version == snapshot.rewrite_version:
                     return await self._write(session, snapshot, chunks, locked.length)
-        raise StoreUnavailableError(
+        raise StaleSessionError(
             f"session {session_id} was rewritten {_CONFLICT_ATTEMPTS} times while it was being archived; try later"
         )
 
@@ -195,10 +219,10 @@ class SessionArchiver:
                 return await self.archive(session_id)
             except NotFoundError:
                 return None  # deleted meanwhile
-            except StoreUnavailableError:
-                raise
-            except (StoreError, ValueError, TypeError, LookupError) as error:
-                # One session that cannot be read must not keep the others from being archived.
+            except Exception as error:
+                if isinstance(error, StoreUnavailableError) and not isinstance(error, StoreTimeoutError):
+                    raise
+                # One session that is unreadable, or too large, must not keep the others from being archived.
                 logger.exception("session %s was not archived", session_id)
                 failed.append((session_id, error))
                 return None
@@ -237,7 +261,7 @@ class SessionArchiver:
             scope=snapshot.scope,
             metadata=_metadata(snapshot),
             origin=(snapshot.id, first),
-            archived_messages=snapshot.stored[snapshot.archived :],
+            archived_messages=_raw(snapshot.id, snapshot.archived, upto),
         )
         await knowledge.add_chunks(source_id, chunks)
         keep = min(self._overlap_messages, upto)
@@ -291,6 +315,13 @@ def _mark(session_id: int, status: SessionStatus) -> Any:
         .values(status=status, version=Session.version + 1)
         .execution_options(synchronize_session=False)
     )
+
+
+def _raw(session_id: int, first: int, end: int) -> ColumnElement[Any]:
+    """The messages as they stand there; on the way through Python long numbers would lose digits."""
+    path = text(f"'$[{first:d} to {end - 1:d}]'::jsonpath")
+    messages = func.jsonb_path_query_array(Session.messages, path, type_=JSONB())
+    return select(messages).where(Session.id == session_id).scalar_subquery()
 
 
 def _prune(session_id: int, *, removed: int, archived: int, status: SessionStatus) -> Any:

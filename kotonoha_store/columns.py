@@ -40,6 +40,20 @@ class PackedVector(bytes):
     __slots__ = ()
 
 
+def _floats(values: Any, dimension: int) -> NDArray[np.float32]:
+    try:
+        array = np.asarray(values)
+        # Strings, dates, booleans and complex numbers would be converted without a word.
+        if array.dtype.kind in "fiuO":
+            # Becomes infinity, which is refused with the number of its row.
+            with np.errstate(over="ignore"):
+                return array.astype(np.float32, copy=False)
+        problem = f"got {array.dtype}"
+    except (TypeError, ValueError, OverflowError) as error:
+        problem = str(error)
+    raise InvalidVectorError(f"a vector must be {dimension} numbers: {problem}")
+
+
 def check_vectors(vectors: Any, dimension: int = EMBEDDING_DIMENSION) -> NDArray[np.float32]:
     """Return ``vectors`` as a float32 array of shape (n, dimension), each row fit to be stored.
 
@@ -47,10 +61,7 @@ def check_vectors(vectors: Any, dimension: int = EMBEDDING_DIMENSION) -> NDArray
         InvalidVectorError: not numbers, another shape, NaN, infinity, beyond half precision
             (65504), or a row that is zero (cosine distance to it is undefined); the message names the row.
     """
-    try:
-        array = np.asarray(vectors, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidVectorError(f"a vector must be {dimension} numbers: {error}") from None
+    array = _floats(vectors, dimension)
     if array.ndim != 2 or array.shape[1] != dimension:
         found = f"{array.shape[-1]} numbers" if array.ndim else "a single number"
         raise InvalidVectorError(
@@ -73,10 +84,7 @@ def check_vectors(vectors: Any, dimension: int = EMBEDDING_DIMENSION) -> NDArray
 
 def check_vector(vector: Any, dimension: int = EMBEDDING_DIMENSION) -> NDArray[np.float32]:
     """Return one vector as a float32 array of shape (dimension,); raises as :func:`check_vectors`."""
-    try:
-        array = np.asarray(vector, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidVectorError(f"a vector must be {dimension} numbers: {error}") from None
+    array = _floats(vector, dimension)
     if array.ndim != 1:
         raise InvalidVectorError(f"a vector must be a flat sequence of {dimension} numbers, got shape {array.shape}")
     checked: NDArray[np.float32] = check_vectors(array[np.newaxis], dimension)[0]

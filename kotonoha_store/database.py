@@ -1,8 +1,10 @@
 """The connection to PostgreSQL: engine, pool, codecs, time-outs, retries, and errors in our own words."""
 
 import asyncio
+import contextlib
 import functools
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, ParamSpec, Self, TypeVar
@@ -56,6 +58,14 @@ _RETRIABLE_CONNECT: Final = (
 )
 
 
+# Of the connection itself; from a statement the last two would mean something else.
+_UNUSABLE_PARAMETER: Final = (
+    asyncpg.exceptions.ClientConfigurationError,
+    asyncpg.exceptions.UndefinedObjectError,
+    asyncpg.DataError,
+)
+
+
 def database_url(settings: Settings) -> URL | None:
     """Return where the settings point, or None when the embedded server is to serve.
 
@@ -97,15 +107,21 @@ def connect_arguments(url: URL, settings: Settings, *, command_timeout: float | 
     options; asyncpg itself reads most of them from a DSN, so it is given one.
 
     Raises:
-        ConfigurationError: connect_timeout is not a number.
+        ConfigurationError: connect_timeout is not a number, or the port is not one.
     """
+    if url.port is not None and not 1 <= url.port <= 65535:
+        raise ConfigurationError("the port in DATABASE_URL must be 1 to 65535")
     query = dict(url.query)
-    timeout = settings.db_connect_timeout
+    timeout: float | None = settings.db_connect_timeout
     if (wanted := query.pop("connect_timeout", None)) is not None:
         try:
-            timeout = float(wanted)  # type: ignore[arg-type]  # a repeated parameter is a tuple: refused below
+            seconds = float(wanted)  # type: ignore[arg-type]  # a repeated parameter is a tuple: refused below
         except (TypeError, ValueError):
-            raise ConfigurationError("connect_timeout in DATABASE_URL is not a number of seconds") from None
+            seconds = math.nan
+        if not math.isfinite(seconds):
+            raise ConfigurationError("connect_timeout in DATABASE_URL is not a number of seconds")
+        # As libpq reads it: 0 waits for ever.
+        timeout = seconds if seconds > 0 else None
     for name in _IGNORED_PARAMETERS:
         query.pop(name, None)
     bare = url.set(drivername="postgresql", query=query)._replace(password=None)
@@ -125,10 +141,24 @@ def dump_json(value: Any) -> str:
     """Serialise for ``jsonb``; integers of any size survive.
 
     Raises:
-        InvalidInputError: see :func:`kotonoha_store.records.check_json`.
+        InvalidInputError: see :func:`kotonoha_store.records.check_json`; also nesting too deep, a
+            structure that contains itself, or an integer beyond 4,300 digits.
     """
+    try:
+        # First, because it notices cycles.
+        serialised = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except RecursionError:
+        raise InvalidInputError("the JSON value is nested too deeply, or contains itself") from None
+    except ValueError as error:
+        if "ircular" in str(error):
+            raise InvalidInputError("the JSON value contains itself") from None
+        check_json(value)
+        raise InvalidInputError(f"the JSON value cannot be stored: {error}") from None
+    except TypeError:
+        check_json(value)
+        raise
     check_json(value)
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return serialised
 
 
 class Database:
@@ -138,16 +168,34 @@ class Database:
     """
 
     def __init__(
-        self, url: URL, settings: Settings, *, server: embedded.EmbeddedServer | None = None, patient: bool = False
+        self,
+        url: URL,
+        settings: Settings,
+        *,
+        server: embedded.EmbeddedServer | None = None,
+        patient: bool = False,
+        pool_timeout: float = 30.0,
     ) -> None:
-        """``patient``: statements may take as long as they take (building an index)."""
+        """
+        Args:
+            server: the embedded server that ``url`` points to, stopped by :meth:`close`.
+            patient: statements may take as long as they take (building an index).
+            pool_timeout: seconds to wait for another task's connection when DB_POOL_MAX_SIZE are in use.
+        """
         self.settings = settings
         self._url = url
         self._arguments = connect_arguments(
             url, settings, command_timeout=None if patient else settings.db_command_timeout
         )
         self._server = server
-        self.engine: AsyncEngine = _create_engine(self._connect, settings)
+        # A migration needs a second connection, for its lock.
+        pool_max_size = max(settings.db_pool_max_size, 2 if patient else 1)
+        self.engine: AsyncEngine = _create_engine(
+            self._connect,
+            pool_min_size=min(settings.db_pool_min_size, pool_max_size),
+            pool_max_size=pool_max_size,
+            pool_timeout=pool_timeout,
+        )
         self.session_factory = async_sessionmaker(self.engine, expire_on_commit=False)
 
     @classmethod
@@ -196,7 +244,13 @@ class Database:
             wait_max=3.0,
         ):
             with attempt:
-                return await asyncpg.connect(**self._arguments)
+                try:
+                    return await asyncpg.connect(**self._arguments)
+                except _UNUSABLE_PARAMETER as error:
+                    raise ConfigurationError(
+                        "DATABASE_URL has a parameter (after the ?) that the driver or the server refuses "
+                        f"({type(error).__name__}); correct or remove it"
+                    ) from error
         raise AssertionError("stamina leaves its loop by return or raise")
 
     @asynccontextmanager
@@ -212,7 +266,9 @@ class Database:
             try:
                 yield session
             except BaseException:
-                await session.rollback()
+                # Where the connection is gone the server has rolled back; the caller's error is the one to raise.
+                with contextlib.suppress(DBAPIError, asyncpg.InterfaceError, OSError):
+                    await session.rollback()
                 raise
             with translated_errors():
                 await session.commit()
@@ -239,9 +295,11 @@ class Database:
                 await connection.exec_driver_sql("SELECT 1")
 
 
-def _create_engine(connect: Callable[[], Awaitable[Any]], settings: Settings) -> AsyncEngine:
+def _create_engine(
+    connect: Callable[[], Awaitable[Any]], *, pool_min_size: int, pool_max_size: int, pool_timeout: float
+) -> AsyncEngine:
     # QueuePool reads 0 as "no limit".
-    kept = max(settings.db_pool_min_size, 1)
+    kept = max(pool_min_size, 1)
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=connect,
@@ -249,7 +307,8 @@ def _create_engine(connect: Callable[[], Awaitable[Any]], settings: Settings) ->
         isolation_level="READ COMMITTED",
         json_serializer=dump_json,
         pool_size=kept,
-        max_overflow=settings.db_pool_max_size - kept,
+        max_overflow=pool_max_size - kept,
+        pool_timeout=pool_timeout,
         pool_use_lifo=True,
         # Messages are private: SQLAlchemy would print them in errors and logs.
         hide_parameters=True,
@@ -319,6 +378,8 @@ def translate_error(error: BaseException) -> StoreError | None:
         driver_error, "sqlstate", None
     ):
         return InvalidInputError("a value does not fit its column (its type or size); nothing was written")
+    if isinstance(driver_error, asyncpg.exceptions.InvalidCachedStatementError):
+        return StoreUnavailableError("the schema changed under this connection; try again")
     sqlstate = getattr(driver_error, "sqlstate", None)
     if sqlstate:
         return _from_sqlstate(sqlstate, getattr(driver_error, "constraint_name", None))
@@ -343,6 +404,7 @@ _CONSTRAINTS: Final[dict[str, tuple[type[StoreError], str]]] = {
 _SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
     "28": (ConfigurationError, "the server refused this user or password; correct DATABASE_URL or POSTGRES_PASSWORD"),
     "3D000": (ConfigurationError, "the database does not exist; create it or correct its name"),
+    "3F000": (ConfigurationError, "no schema of the search_path exists, or the role may not use it; correct it"),
     "42501": (ConfigurationError, "this role lacks a privilege; grant it or connect as the owner"),
     "25006": (ConfigurationError, "the server is read-only (a replica?); point DATABASE_URL at the primary"),
     "42P01": (SchemaOutdatedError, "a table is missing; run `alembic upgrade head` or `await store.migrate()`"),

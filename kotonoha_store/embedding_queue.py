@@ -6,7 +6,8 @@ was thought dead, and whose jobs were given to another, changes nothing when it 
 Lock order everywhere: source, chunk, job, sources in the order of their ids.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -28,11 +29,13 @@ from sqlalchemy import (
     extract,
     func,
     insert,
+    literal,
     or_,
     select,
     union_all,
     update,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.columns import AnySelect, HalfVector, VectorLike, pack_vectors
@@ -99,7 +102,7 @@ class EmbeddingQueue:
         """
         self._database = database
         self._lease = lease
-        self._max_attempts = max_attempts
+        self.max_attempts: Final = max_attempts
         self._update_batch_size = update_batch_size
 
     @translated
@@ -133,10 +136,12 @@ class EmbeddingQueue:
             ),
             expires_at=max((row.available_at for row in rows), default=None),
         )
-        exhausted = [chunk.chunk_id for chunk in lease.chunks if chunk.attempt > self._max_attempts]
+        exhausted = [chunk.chunk_id for chunk in lease.chunks if chunk.attempt > self.max_attempts]
         if not exhausted:
             return lease
-        await self.bury(lease, exhausted, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED)
+        # Ours no longer if the lease was that short: then another claim buries them.
+        with suppress(LeaseLostError):
+            await self.bury(lease, exhausted, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED)
         return _without(lease, exhausted)
 
     @translated
@@ -167,7 +172,8 @@ class EmbeddingQueue:
             connection = await session.connection()
             for start in range(0, len(rows), self._update_batch_size):
                 await connection.execute(_write_vector(), rows[start : start + self._update_batch_size])
-            await recompute_status(session, sources)
+            if held:
+                await recompute_status(session, sources)
             lost = await _lost(session, set(chunk_ids) - held)
         _raise_if(lost)
 
@@ -205,8 +211,9 @@ class EmbeddingQueue:
             LeaseLostError: some jobs belong to another worker now; the others were recorded.
         """
         attempts = {chunk.chunk_id: chunk.attempt for chunk in lease.chunks}
-        over = [chunk_id for chunk_id in chunk_ids if attempts[chunk_id] >= self._max_attempts]
-        again = [chunk_id for chunk_id in chunk_ids if attempts[chunk_id] < self._max_attempts]
+        # What is not of this lease the fence refuses.
+        over = [chunk_id for chunk_id in chunk_ids if attempts.get(chunk_id, 0) >= self.max_attempts]
+        again = [chunk_id for chunk_id in chunk_ids if attempts.get(chunk_id, 0) < self.max_attempts]
         parameters = {"ids": again, "token": lease.token, "delay": retry_in, "code": error_code}
         async with self._database.begin() as session:
             sources = await self._lock(session, lease, over)
@@ -217,7 +224,7 @@ class EmbeddingQueue:
                 )
             lost = await _lost(session, set(chunk_ids) - held)
         _raise_if(lost)
-        return over
+        return [chunk_id for chunk_id in over if chunk_id in held]
 
     @translated
     async def bury(
@@ -252,7 +259,7 @@ class EmbeddingQueue:
         letter = KnowledgeChunkDeadLetter
         conditions: list[ColumnElement[bool]] = []
         if dead_letter_ids is not None:
-            conditions.append(letter.id.in_(dead_letter_ids))
+            conditions.append(_among(letter.id, dead_letter_ids))
         if source_id is not None:
             conditions.append(letter.source_id == source_id)
         if error_code is not None:
@@ -260,7 +267,7 @@ class EmbeddingQueue:
         async with self._database.begin() as session:
             sources = await _ids(session, select(letter.source_id).where(letter.source_id.is_not(None), *conditions))
             await lock_sources(session, sorted(sources))
-            queued = await _ids(session, _requeue([*conditions, letter.source_id.in_(sources)]))
+            queued = await _ids(session, _requeue([*conditions, _among(letter.source_id, sources)]))
             await recompute_status(session, sorted(sources))
         return len(queued)
 
@@ -350,8 +357,14 @@ async def _bury_locked(
     )
     if held:
         await session.execute(_blame(), {"ids": list(sources), "code": code, "message": ERROR_MESSAGES[cause]})
-    await recompute_status(session, sources)
+        await recompute_status(session, sources)
     return held
+
+
+def _among(column: Any, ids: Collection[int]) -> ColumnElement[bool]:
+    """IN as one array: of single parameters a statement takes 32,767 only."""
+    among: ColumnElement[bool] = column == func.any(literal(list(ids), ARRAY(BigInteger)))
+    return among
 
 
 def _is_ours() -> ColumnElement[bool]:
@@ -482,7 +495,13 @@ def _bury() -> Insert:
         "embedding_model",
         *_KEPT,
     ]
-    return insert(letter).from_select(target, rows).returning(letter.original_chunk_id)
+    # Raw: else SQLAlchemy takes the parameters for the values of a row.
+    return (
+        insert(letter)
+        .from_select(target, rows)
+        .returning(letter.original_chunk_id)
+        .execution_options(dml_strategy="raw")
+    )
 
 
 def _blame() -> Update:
@@ -514,7 +533,12 @@ def _requeue(conditions: Sequence[ColumnElement[bool]]) -> Insert:
         *(letters.c[name] for name in _KEPT),
     )
     chunks = (
-        insert(chunk).from_select(["id", "source_id", "created_at", *_KEPT], rows).returning(chunk.id).cte("chunks")
+        postgresql.insert(chunk)
+        .from_select(["id", "source_id", "created_at", *_KEPT], rows)
+        # A queue without leases could bury a chunk twice: the copies become one chunk again.
+        .on_conflict_do_nothing(index_elements=[chunk.id])
+        .returning(chunk.id)
+        .cte("chunks")
     )
     return insert(EmbeddingJob).from_select(["chunk_id"], select(chunks.c.id)).returning(EmbeddingJob.chunk_id)
 

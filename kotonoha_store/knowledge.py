@@ -4,9 +4,10 @@ import hashlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from datetime import datetime
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import bindparam, delete, func, select, update
+from sqlalchemy import ARRAY, BigInteger, ColumnElement, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -23,24 +24,27 @@ from kotonoha_store.records import (
     SourceType,
     check_json,
     check_text,
+    in_utc,
 )
 from kotonoha_store.source_status import lock_sources, recompute_status
 
 _SCOPE_NAMES: Final = ("guild_id", "channel_id", "thread_id", "user_id")
 
-_CHUNK_COLUMNS: Final = (
-    "id",
-    "source_id",
-    "content",
-    "embedding",
-    "location",
-    "token_count",
-    "embedding_model",
-    "content_hash",
-    *_SCOPE_NAMES,
-    "occurred_from",
-    "occurred_to",
-)
+
+class _Row(NamedTuple):
+    """What a chunk becomes, checked; named as the columns."""
+
+    content: str
+    embedding: PackedVector | None
+    location: str
+    token_count: int | None
+    embedding_model: str | None
+    content_hash: bytes
+    occurred_from: datetime | None
+    occurred_to: datetime | None
+
+
+_CHUNK_COLUMNS: Final = ("id", "source_id", *_SCOPE_NAMES, *_Row._fields)
 
 _SOURCE: Final = (
     KnowledgeSource.id,
@@ -87,7 +91,7 @@ class KnowledgeRepository:
         scope: Scope | None = None,
         metadata: Mapping[str, Any] | None = None,
         origin: tuple[int, int] | None = None,
-        archived_messages: Sequence[Mapping[str, Any]] | None = None,
+        archived_messages: Sequence[Mapping[str, Any]] | ColumnElement[Any] | None = None,
     ) -> int:
         """Insert a source (status pending) and return its id.
 
@@ -96,14 +100,13 @@ class KnowledgeRepository:
         Raises:
             InvalidInputError: a blank title, text that PostgreSQL cannot store, or messages that are archived already.
         """
-        session_id, first_index = origin or (None, None)
-        statement = insert(KnowledgeSource).values(
-            **_source_values(type, title, uri, scope or Scope(), metadata or {}),
-            origin_session_id=session_id,
-            origin_first_index=first_index,
-            archived_messages=archived_messages,
-        )
-        return (await self._session.execute(statement.returning(KnowledgeSource.id))).scalar_one()
+        values = _source_values(type, title, uri, scope or Scope(), metadata or {})
+        if origin is not None:
+            values["origin_session_id"], values["origin_first_index"] = origin
+        if archived_messages is not None:  # None would be stored as JSON's null
+            values["archived_messages"] = archived_messages
+        statement = insert(KnowledgeSource).values(values).returning(KnowledgeSource.id)
+        return (await self._session.execute(statement)).scalar_one()
 
     @translated
     async def add_chunks(self, source_id: int, chunks: Sequence[NewChunk]) -> list[int]:
@@ -111,11 +114,13 @@ class KnowledgeRepository:
 
         Raises:
             NotFoundError: no such source.
-            InvalidInputError: a blank chunk, or one with a vector but no model. Nothing was written.
-            InvalidVectorError: a vector cannot be stored.
+            InvalidInputError: a blank chunk, one with a vector but no model, a time without its zone, or
+                a value that cannot be stored. Nothing was written.
+            InvalidVectorError: a vector cannot be stored. Nothing was written.
         """
+        rows = _rows(chunks)
         scope = await self._locked_scope(source_id)
-        ids = await self._insert_chunks(source_id, scope, chunks)
+        ids = await self._insert_chunks(source_id, scope, rows)
         await recompute_status(self._session, [source_id])
         return ids
 
@@ -134,8 +139,8 @@ class KnowledgeRepository:
         """Add a document, or replace what was added before under the same type, URI and scope.
 
         Chunks whose text did not change keep their vector (unless ``model`` is given and another one
-        made it); the others are deleted and the new ones queued. Dead letters of the document are
-        tried again. A document without a URI is always a new one.
+        made it) and take the new place and time; the others are deleted and the new ones queued. Dead
+        letters of the document are tried again. A document without a URI is always a new one.
 
         Raises:
             InvalidInputError: no chunks, or a value that cannot be stored. Nothing was written.
@@ -143,6 +148,7 @@ class KnowledgeRepository:
         if not chunks:
             raise InvalidInputError("the document has no text; there is nothing to remember")
         scope = scope or Scope()
+        rows = _rows(chunks)
         values = _source_values(type, title, uri, scope, metadata or {})
         if uri is None:
             source_id = (
@@ -160,7 +166,7 @@ class KnowledgeRepository:
                     ).returning(KnowledgeSource.id)
                 )
             ).scalar_one()
-        kept, removed, added = await self._replace_chunks(source_id, scope, chunks, model)
+        kept, removed, added = await self._replace_chunks(source_id, scope, chunks, rows, model)
         await recompute_status(self._session, [source_id])
         return DocumentResult(source_id=source_id, added=added, kept=kept, removed=removed)
 
@@ -229,50 +235,43 @@ class KnowledgeRepository:
             raise NotFoundError(f"there is no source {source_id}")
         return Scope(*row)
 
-    async def _insert_chunks(self, source_id: int, scope: Scope, chunks: Sequence[NewChunk]) -> list[int]:
-        vectors = _packed(chunks)
+    async def _insert_chunks(self, source_id: int, scope: Scope, rows: Sequence[_Row]) -> list[int]:
+        owner = (source_id, *(getattr(scope, name) for name in _SCOPE_NAMES))
         ids: list[int] = []
-        for start in range(0, len(chunks), self._insert_batch_size):
-            batch = chunks[start : start + self._insert_batch_size]
+        for start in range(0, len(rows), self._insert_batch_size):
+            batch = rows[start : start + self._insert_batch_size]
             new_ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(batch)})]
-            rows = [
-                _chunk_row(chunk_id, source_id, scope, chunk, vector)
-                for chunk_id, chunk, vector in zip(new_ids, batch, vectors[start : start + len(batch)], strict=True)
-            ]
-            waiting = [(row[0],) for row in rows if row[3] is None]
+            records = [(chunk_id, *owner, *row) for chunk_id, row in zip(new_ids, batch, strict=True)]
+            waiting = [(chunk_id,) for chunk_id, row in zip(new_ids, batch, strict=True) if row.embedding is None]
             # The statement above has begun the transaction that COPY, being the driver's own, takes part in.
             driver = await driver_connection(self._session)
-            await driver.copy_records_to_table("knowledge_chunks", columns=_CHUNK_COLUMNS, records=rows)
+            await driver.copy_records_to_table("knowledge_chunks", columns=_CHUNK_COLUMNS, records=records)
             if waiting:
                 await driver.copy_records_to_table("embedding_jobs", columns=["chunk_id"], records=waiting)
             ids.extend(new_ids)
         return ids
 
     async def _replace_chunks(
-        self, source_id: int, scope: Scope, chunks: Sequence[NewChunk], model: str | None
+        self, source_id: int, scope: Scope, chunks: Sequence[NewChunk], rows: Sequence[_Row], model: str | None
     ) -> tuple[int, int, int]:
         existing: dict[bytes, list[AnyRow]] = defaultdict(list)
-        for row in await self._session.execute(_chunks_of(source_id)):
-            if row.content_hash is not None and (model is None or row.embedding_model in (None, model)):
-                existing[row.content_hash].append(row)
-        kept: list[int] = []
+        gone: set[int] = set()
+        for old in await self._session.execute(_chunks_of(source_id)):
+            gone.add(old.id)
+            if old.content_hash is not None and (model is None or old.embedding_model in (None, model)):
+                existing[old.content_hash].append(old)
         moved: list[dict[str, Any]] = []
-        new: list[NewChunk] = []
-        for chunk in chunks:
-            if not (same := existing[content_hash(_checked_content(chunk))]):
-                new.append(chunk)
+        new: list[_Row] = []
+        for chunk, row in zip(chunks, rows, strict=True):
+            if not (same := existing[row.content_hash]):
+                new.append(row)
                 continue
-            row = same.pop(0)
-            kept.append(row.id)
-            if row.location != chunk.location:
-                moved.append({"chunk_id": row.id, "new_location": chunk.location})
-        removed = await self._session.execute(
-            delete(KnowledgeChunk)
-            .where(KnowledgeChunk.source_id == source_id, KnowledgeChunk.id.not_in(kept))
-            .returning(KnowledgeChunk.id)
-            .execution_options(synchronize_session=False)
-        )
-        removed_count = len(removed.all())
+            old = same.pop(0)
+            gone.remove(old.id)
+            place = (chunk.location, row.occurred_from, row.occurred_to)
+            if (old.location, old.occurred_from, old.occurred_to) != place:
+                moved.append(dict(zip(("chunk_id", "place", "since", "until"), (old.id, *place), strict=True)))
+        await self._session.execute(_delete_chunks(), {"ids": sorted(gone)})
         await self._session.execute(
             delete(KnowledgeChunkDeadLetter).where(KnowledgeChunkDeadLetter.source_id == source_id)
         )
@@ -280,7 +279,7 @@ class KnowledgeRepository:
         for start in range(0, len(moved), self._update_batch_size):
             await connection.execute(_move(), moved[start : start + self._update_batch_size])
         await self._insert_chunks(source_id, scope, new)
-        return len(kept), removed_count, len(new)
+        return len(rows) - len(new), len(gone), len(new)
 
 
 def _source_values(
@@ -292,7 +291,7 @@ def _source_values(
 ) -> dict[str, Any]:
     if not check_text(title, "title").strip():
         raise InvalidInputError("title must not be blank")
-    check_json(metadata, "metadata")
+    check_json(dict(metadata), "metadata")
     return {
         "type": SourceType(type),
         "title": title,
@@ -308,10 +307,26 @@ def _document_key(type: SourceType, uri: str, scope: Scope) -> bytes:  # noqa: A
     return hashlib.sha256(dump_json(identity).encode()).digest()
 
 
-def _checked_content(chunk: NewChunk) -> str:
+def _rows(chunks: Sequence[NewChunk]) -> list[_Row]:
+    """Check all chunks before the first is written."""
+    return [_row(chunk, vector) for chunk, vector in zip(chunks, _packed(chunks), strict=True)]
+
+
+def _row(chunk: NewChunk, vector: PackedVector | None) -> _Row:
     if not check_text(chunk.content, "content").strip():
         raise InvalidInputError("a chunk must not be blank: there is nothing to embed or to find")
-    return chunk.content
+    if chunk.token_count is not None and not 0 <= chunk.token_count < 2**31:
+        raise InvalidInputError(f"token_count must be from 0 to 2147483647, got {chunk.token_count}")
+    return _Row(
+        content=chunk.content,
+        embedding=vector,
+        location=dump_json(chunk.location),
+        token_count=chunk.token_count,
+        embedding_model=None if vector is None else check_text(str(chunk.embedding_model), "embedding_model"),
+        content_hash=content_hash(chunk.content),
+        occurred_from=None if chunk.occurred_from is None else in_utc(chunk.occurred_from),
+        occurred_to=None if chunk.occurred_to is None else in_utc(chunk.occurred_to),
+    )
 
 
 def _packed(chunks: Sequence[NewChunk]) -> list[PackedVector | None]:
@@ -329,29 +344,6 @@ def _packed(chunks: Sequence[NewChunk]) -> list[PackedVector | None]:
     return packed
 
 
-def _chunk_row(
-    chunk_id: int, source_id: int, scope: Scope, chunk: NewChunk, vector: PackedVector | None
-) -> tuple[Any, ...]:
-    """One record for COPY, in the order of _CHUNK_COLUMNS."""
-    content = _checked_content(chunk)
-    return (
-        chunk_id,
-        source_id,
-        content,
-        vector,
-        dump_json(chunk.location),
-        chunk.token_count,
-        chunk.embedding_model if vector is not None else None,
-        content_hash(content),
-        scope.guild_id,
-        scope.channel_id,
-        scope.thread_id,
-        scope.user_id,
-        chunk.occurred_from,
-        chunk.occurred_to,
-    )
-
-
 def _reserve_ids() -> AnySelect:
     """COPY returns no ids, and the jobs need them."""
     sequence = func.pg_get_serial_sequence("knowledge_chunks", "id")
@@ -360,7 +352,14 @@ def _reserve_ids() -> AnySelect:
 
 def _chunks_of(source_id: int) -> AnySelect:
     return (
-        select(KnowledgeChunk.id, KnowledgeChunk.content_hash, KnowledgeChunk.location, KnowledgeChunk.embedding_model)
+        select(
+            KnowledgeChunk.id,
+            KnowledgeChunk.content_hash,
+            KnowledgeChunk.location,
+            KnowledgeChunk.embedding_model,
+            KnowledgeChunk.occurred_from,
+            KnowledgeChunk.occurred_to,
+        )
         .where(KnowledgeChunk.source_id == source_id)
         .order_by(KnowledgeChunk.id)
     )
@@ -370,7 +369,16 @@ def _move() -> Any:
     return (
         update(KnowledgeChunk)
         .where(KnowledgeChunk.id == bindparam("chunk_id"))
-        .values(location=bindparam("new_location"))
+        .values(location=bindparam("place"), occurred_from=bindparam("since"), occurred_to=bindparam("until"))
+    )
+
+
+def _delete_chunks() -> Any:
+    # One array: of single parameters a statement takes 32,767 only.
+    return (
+        delete(KnowledgeChunk)
+        .where(KnowledgeChunk.id == func.any(bindparam("ids", type_=ARRAY(BigInteger))))
+        .execution_options(synchronize_session=False)
     )
 
 

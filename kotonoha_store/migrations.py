@@ -5,8 +5,8 @@ The scripts are those that ``alembic upgrade head`` runs in a checkout; the whee
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Final
@@ -28,12 +28,20 @@ from kotonoha_store.errors import (
     StoreError,
     StoreTimeoutError,
 )
+from kotonoha_store.settings import Settings
 
 # Any constant; the same in every release, since old and new may start side by side.
 LOCK_ID: Final = 7_205_110_862_154_902_381
 LOCK_WAIT_SECONDS: Final = 600.0
 LOCK_TIMEOUT_SECONDS: Final = 30
 _POLL_SECONDS: Final = 0.1
+
+# Set for the role or the database, they would end a long index build, or the idle connection with the lock.
+_NO_TIMEOUTS: Final = """
+    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN (
+        'statement_timeout', 'transaction_timeout', 'idle_session_timeout', 'idle_in_transaction_session_timeout'
+    )
+"""
 
 # alembic.context is global to the process: one migration at a time in it, on whichever loop or thread.
 _in_process = threading.Lock()
@@ -117,7 +125,7 @@ async def with_connection(run: Callable[[Connection], None]) -> None:
     """
     try:
         async with await Database.open(patient=True) as database, _locked(database) as connection:
-            with translated_errors():
+            with _errors():
                 await connection.run_sync(run)
     except StoreError as error:
         raise CommandError(str(error)) from error
@@ -145,10 +153,23 @@ async def _run(database: Database, run: Callable[[Config], None]) -> None:
         await asyncio.sleep(_POLL_SECONDS)
     try:
         async with database.patient() as patient, _locked(patient) as connection:
-            with translated_errors():
+            with _errors():
                 await connection.run_sync(with_config)
     finally:
         _in_process.release()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """As translated_errors(), for statements that make the tables instead of using them."""
+    try:
+        with translated_errors():
+            yield
+    except SchemaOutdatedError as error:
+        raise ConfigurationError(
+            "a table or type of this database has the name of one of ours, but is another; give the library "
+            "a database or a schema (search_path) of its own"
+        ) from error
 
 
 @asynccontextmanager
@@ -168,6 +189,8 @@ async def _locked(database: Database) -> AsyncIterator[AsyncConnection]:
                         f"see pg_locks for locktype = 'advisory'"
                     )
                 await asyncio.sleep(_POLL_SECONDS)
+            for each in (guard, connection):
+                await each.execute(text(_NO_TIMEOUTS))
             # Waiting for a lock, a migration stops every query behind it: rather give up.
             await connection.exec_driver_sql(f"SET lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'")
             # Alembic given an open transaction would leave the commit to us.
@@ -179,21 +202,34 @@ async def _locked(database: Database) -> AsyncIterator[AsyncConnection]:
                 await guard.execute(text("SELECT pg_advisory_unlock(:id)"), {"id": LOCK_ID})
 
 
+def hnsw_options(settings: Settings) -> str:
+    """Return what stands in ``WITH (...)`` of the vector index; used by the revisions.
+
+    Raises:
+        ConfigurationError: pgvector would refuse the pair.
+    """
+    m, ef_construction = settings.kb_hnsw_m, settings.kb_hnsw_ef_construction
+    if ef_construction < 2 * m:
+        raise ConfigurationError(
+            f"KB_HNSW_EF_CONSTRUCTION must be at least twice KB_HNSW_M, got {ef_construction} and {m}"
+        )
+    return f"m = {m}, ef_construction = {ef_construction}"
+
+
 def ensure_vector(connection: Connection) -> None:
     """Create the extension where it is missing and this role may; used by the first revision.
 
     Raises:
         ExtensionMissingError: it cannot be created, is older than 0.8, or lies outside the search_path.
     """
-    found = connection.execute(
-        text(
-            "SELECT e.extversion, n.nspname, to_regtype('halfvec') IS NOT NULL FROM pg_extension e"
-            " JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
-        )
-    ).one_or_none()
+    find = text(
+        "SELECT e.extversion, n.nspname, to_regtype('halfvec') IS NOT NULL FROM pg_extension e"
+        " JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
+    )
+    found = connection.execute(find).one_or_none()
     if found is None:
         _create_vector(connection)
-        return
+        found = connection.execute(find).one()
     version, schema, visible = found
     if tuple(int(part) for part in version.split(".")[:2]) < (0, 8):
         raise ExtensionMissingError(

@@ -114,6 +114,20 @@ def check_json(value: object, what: str = "JSON value") -> None:
             raise InvalidInputError(f"{path} is a {type(item).__name__}, which JSON cannot hold")
 
 
+def in_utc(value: datetime) -> datetime:
+    """Return the same instant in UTC: PostgreSQL keeps no offset, and JSON none of odd seconds.
+
+    Raises:
+        InvalidInputError: it has no time zone, or lies outside the years 1 to 9999.
+    """
+    if value.utcoffset() is None:
+        raise InvalidInputError("a time needs its time zone, such as tzinfo=datetime.UTC")
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise InvalidInputError("a time lies outside the years 1 to 9999 in UTC") from None
+
+
 def _storable(value: str) -> str:
     return check_text(value)
 
@@ -123,18 +137,10 @@ def _storable_json(value: object) -> object:
     return value
 
 
-def _in_utc(value: datetime) -> datetime:
-    """The same instant: an offset of odd seconds does not survive JSON, and PostgreSQL keeps none."""
-    try:
-        return value.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("the time lies outside the years 1 to 9999 in UTC") from None
-
-
 StoredText = Annotated[str, AfterValidator(_storable)]
 BigInt = Annotated[int, Field(strict=True, ge=-BIGINT_MAX - 1, le=BIGINT_MAX)]
 JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_storable_json)]
-Instant = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+Instant = Annotated[AwareDatetime, AfterValidator(in_utc)]
 
 
 class _Input(BaseModel):

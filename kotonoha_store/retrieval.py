@@ -1,8 +1,9 @@
 """Search in long-term memory: :class:`SearchRepository`."""
 
+from numbers import Real
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Integer, bindparam, func, select, text
+from sqlalchemy import ARRAY, BigInteger, ColumnElement, Integer, bindparam, func, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.columns import AnyRow, AnySelect, HalfVector, VectorLike, pack_vector
@@ -73,7 +74,8 @@ class SearchRepository:
             plan = await self._plan(own)
             complete = plan == "exact"
             rows = await self._run(plan, own, parameters) if complete else rows
-        if not rows:
+        # No rows of an index that gave up do not mean that there are none.
+        if not rows and complete:
             await self._refuse_other_models(conditions, model)
         hits = tuple(_hit(row) for row in rows if threshold is None or row.similarity >= threshold)
         return SearchResult(
@@ -108,13 +110,17 @@ class SearchRepository:
 def _check(top_k: int, threshold: float | None, filters: SearchFilters, everywhere: bool) -> None:
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= TOP_K_MAX:
         raise InvalidInputError(f"top_k must be a whole number from 1 to {TOP_K_MAX}, got {top_k!r}")
-    if threshold is not None and not -1 <= threshold <= 1:
+    if threshold is not None and not _is_similarity(threshold):
         raise InvalidInputError(f"threshold is a similarity, from -1 to 1 (or None for none), got {threshold!r}")
     if not everywhere and not filters.names_scope:
         raise InvalidInputError(
             "name the scope to search: filters=SearchFilters(guild_id=...), or channel_id, thread_id, user_id, "
             "source_ids; or say everywhere=True to search all that is stored"
         )
+
+
+def _is_similarity(value: object) -> bool:
+    return isinstance(value, Real) and -1 <= float(value) <= 1
 
 
 def _conditions(filters: SearchFilters) -> list[ColumnElement[bool]]:
@@ -125,7 +131,8 @@ def _conditions(filters: SearchFilters) -> list[ColumnElement[bool]]:
         if (value := getattr(filters, name)) is not None
     ]
     if filters.source_ids is not None:
-        conditions.append(chunk.source_id.in_(filters.source_ids))
+        # One array: of single parameters a statement takes 32,767 only.
+        conditions.append(chunk.source_id == func.any(literal(list(filters.source_ids), ARRAY(BigInteger))))
     if filters.since is not None:
         conditions.append(chunk.occurred_to >= filters.since)
     if filters.until is not None:

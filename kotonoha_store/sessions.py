@@ -127,7 +127,7 @@ class SessionRepository:
         """Replace all messages of the session as it was loaded.
 
         What was archived already stays archived: the position up to which it was is kept, cut to the
-        new length.
+        new length; the others' absolute indexes never fall back to one that was archived.
 
         Raises:
             StaleSessionError: the session changed since ``record`` was loaded, or is gone.
@@ -136,6 +136,7 @@ class SessionRepository:
         if len(record.messages) != record.message_count:
             raise InvalidInputError("this record holds only the last messages; load the whole session to save it")
         stored = [message.to_stored() for message in messages]
+        archived = func.least(Session.last_archived_message_index, len(stored))
         row = (
             await self._session.execute(
                 update(Session)
@@ -144,7 +145,8 @@ class SessionRepository:
                     messages=stored,
                     version=Session.version + 1,
                     rewrite_version=Session.rewrite_version + 1,
-                    last_archived_message_index=func.least(Session.last_archived_message_index, len(stored)),
+                    messages_offset=Session.messages_offset + Session.last_archived_message_index - archived,
+                    last_archived_message_index=archived,
                     status=SessionStatus.ACTIVE,
                     last_active_at=func.now(),
                     archive_due_at=_due_at(),
@@ -200,6 +202,7 @@ class SessionRepository:
         status: SessionStatus | None = None,
         guild_id: int | None = None,
         channel_id: int | None = None,
+        thread_id: int | None = None,
         user_id: int | None = None,
     ) -> Sequence[SessionSummary]:
         """Return up to ``limit`` sessions in the order of their ids, without messages.
@@ -213,6 +216,7 @@ class SessionRepository:
             Session.status: status,
             Session.guild_id: guild_id,
             Session.channel_id: channel_id,
+            Session.thread_id: thread_id,
             Session.user_id: user_id,
         }
         for column, value in wanted.items():

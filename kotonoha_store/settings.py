@@ -6,12 +6,21 @@ Secrets are :class:`pydantic.SecretStr`: no repr, log line or error shows them.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kotonoha_store.errors import ConfigurationError
 
-Count = Annotated[int, Field(ge=1)]
+# Bounded, since timedelta and PostgreSQL's intervals are.
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Hours = Annotated[float, Field(le=1_000_000)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Size = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _number(value: object) -> object:
+    """Variables are strings, which Literal[16] would refuse."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 class Settings(BaseSettings):
@@ -21,7 +30,8 @@ class Settings(BaseSettings):
     arguments the names are lower case: ``Settings(kb_default_top_k=5)``.
 
     Raises:
-        ConfigurationError: a value is out of its range; the message names the variable, never its value.
+        ConfigurationError: a value is out of its range, a keyword names no setting, or the ``.env`` file
+            cannot be read; the message names the variable, never its value.
     """
 
     model_config = SettingsConfigDict(
@@ -37,13 +47,13 @@ class Settings(BaseSettings):
     postgres_user: str = "kotonoha"
     postgres_password: SecretStr | None = None
     kb_embedded_dir: Path | None = None
-    kb_embedded_version: Literal[16, 18] = 18
+    kb_embedded_version: Annotated[Literal[16, 18], BeforeValidator(_number)] = 18
 
     # Connections. Seconds.
-    db_pool_min_size: Annotated[int, Field(ge=0)] = 5
+    db_pool_min_size: Size = 5
     db_pool_max_size: Count = 20
-    db_command_timeout: Annotated[float, Field(gt=0)] = 60.0
-    db_connect_timeout: Annotated[float, Field(gt=0)] = 10.0
+    db_command_timeout: Seconds = 60.0
+    db_connect_timeout: Seconds = 10.0
     db_connect_attempts: Count = 5
 
     # The HNSW index, read when migrating. Ranges: pgvector, "Index options".
@@ -62,27 +72,34 @@ class Settings(BaseSettings):
     kb_embedding_max_retry: Count = 3
     kb_embedding_batch_size: Annotated[int, Field(ge=1, le=2048)] = 100
     kb_embedding_max_concurrent: Count = 5
-    kb_embedding_interval_minutes: Annotated[float, Field(gt=0)] = 1.0
-    kb_embedding_lease_seconds: Annotated[float, Field(gt=0)] = 300.0
+    kb_embedding_interval_minutes: Annotated[float, Field(gt=0, le=60_000_000)] = 1.0
+    kb_embedding_lease_seconds: Seconds = 300.0
 
     kb_chunk_max_tokens: Annotated[int, Field(ge=16, le=8191)] = 4000
     kb_chunk_overlap_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
     kb_chunk_insert_batch_size: Count = 100
     kb_chunk_update_batch_size: Count = 100
 
-    kb_archive_threshold_hours: Annotated[float, Field(ge=0)] = 1.0
+    kb_archive_threshold_hours: Annotated[Hours, Field(ge=0)] = 1.0
     kb_archive_batch_size: Count = 10
-    kb_archive_interval_hours: Annotated[float, Field(gt=0)] = 1.0
-    kb_archive_overlap_messages: Annotated[int, Field(ge=0)] = 5
-    kb_min_session_length: Annotated[int, Field(ge=0)] = 30
+    kb_archive_interval_hours: Annotated[Hours, Field(gt=0)] = 1.0
+    kb_archive_overlap_messages: Size = 5
+    kb_min_session_length: Size = 30
 
     kb_chat_chunk_strategy: Literal["message_based", "token_based"] = "message_based"
     kb_chat_chunk_size_messages: Count = 5
-    kb_chat_chunk_overlap_messages: Annotated[int, Field(ge=0)] = 2
+    kb_chat_chunk_overlap_messages: Size = 2
 
     def __init__(self, **values: Any) -> None:
+        # extra="ignore" is for the .env file, which other programs share; in a call it is a slip.
+        names = (name for name in values if not name.startswith("_"))
+        if unknown := sorted(name for name in names if name.lower() not in type(self).model_fields):
+            raise ConfigurationError(f"there is no setting named {', '.join(unknown)}")
         try:
             super().__init__(**values)
+        except (UnicodeDecodeError, OSError):
+            # From None: the error holds the file's bytes.
+            raise ConfigurationError("the .env file cannot be read; it must be UTF-8 text") from None
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(str, e['loc'])).upper() or 'settings'}: {e['msg']}"
@@ -95,6 +112,9 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if self.db_pool_min_size > self.db_pool_max_size:
             raise ValueError("DB_POOL_MIN_SIZE must not exceed DB_POOL_MAX_SIZE")
+        # pgvector refuses to build the index otherwise.
+        if self.kb_hnsw_ef_construction < 2 * self.kb_hnsw_m:
+            raise ValueError("KB_HNSW_EF_CONSTRUCTION must be at least twice KB_HNSW_M")
         if self.kb_chat_chunk_overlap_messages >= self.kb_chat_chunk_size_messages:
             raise ValueError("KB_CHAT_CHUNK_OVERLAP_MESSAGES must be less than KB_CHAT_CHUNK_SIZE_MESSAGES")
         return self

@@ -24,7 +24,6 @@ from kotonoha_store.columns import AnySelect
 from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
 from kotonoha_store.records import SourceStatus
 
-
 # One array: of single parameters a statement takes 32,767 only.
 _IDS: Final = bindparam("ids", type_=ARRAY(BigInteger))
 

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+import traceback
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kotonoha_store.columns import check_vectors
+from kotonoha_store.columns import EMBEDDING_DIMENSION, check_vectors
 from kotonoha_store.embedders import Embedder
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import (
@@ -21,6 +22,7 @@ from kotonoha_store.errors import (
     InvalidVectorError,
     LeaseLostError,
     RateLimitedError,
+    StoreUnavailableError,
     TransientEmbeddingError,
     UnembeddableTextError,
 )
@@ -31,6 +33,10 @@ BACKOFF: Final = (timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=
 
 RATE_LIMIT_DELAY: Final = timedelta(minutes=1)
 """How long to wait when the provider asks to, but does not say how long."""
+
+RATE_LIMIT_DELAY_MAX: Final = timedelta(hours=1)
+"""The longest wait a provider can ask for. One wrong header must not put chunks off for years; asking once an hour
+costs one refused call."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +74,11 @@ class EmbeddingWorker:
     """Claims chunks, has them embedded, writes the vectors. Any number of workers may run at once.
 
     While the embedder works, no transaction and no connection is held.
+
+    A batch that is refused for its texts is halved until those at fault are alone: they become dead
+    letters at once, whatever their number. A provider that refuses every text as it would a bad one
+    thus fills the dead letters; when it is mended, ``queue.requeue(error_code=ErrorCode.INVALID_INPUT)``
+    brings them all back.
     """
 
     def __init__(
@@ -97,8 +108,6 @@ class EmbeddingWorker:
             total += report
             if report.deferred:
                 break  # the provider asked for a pause
-        else:
-            return total
         return total
 
     async def run_once(self) -> EmbeddingReport:
@@ -123,6 +132,9 @@ class EmbeddingWorker:
             await self._queue.defer(lease, lease.chunk_ids, timedelta(0), code)
         except LeaseLostError:
             logger.info("part of the lease had been finished or lost already")
+        except StoreUnavailableError as error:
+            # What stopped the worker is what the caller must hear of; the lease ends by itself.
+            logger.warning("%d chunks stay leased until their lease ends: %s", len(lease.chunks), error)
 
     async def _embed(self, lease: Lease, chunks: Sequence[ClaimedChunk]) -> EmbeddingReport:
         ids = [chunk.chunk_id for chunk in chunks]
@@ -134,60 +146,85 @@ class EmbeddingWorker:
                 middle = len(chunks) // 2
                 return await self._embed(lease, chunks[:middle]) + await self._embed(lease, chunks[middle:])
             logger.warning("chunk %s is refused by the embedder: %s", ids[0], error.code)
-            return await self._settle(self._bury(lease, ids, error.code))
+            return await self._bury(lease, ids, error.code)
         except RateLimitedError as error:
-            delay = RATE_LIMIT_DELAY if error.retry_after is None else timedelta(seconds=error.retry_after)
+            delay = _wait(error.retry_after)
             logger.warning("rate limited: %d chunks wait %s", len(ids), delay)
-            return await self._settle(self._defer(lease, ids, delay, error.code))
+            return await self._defer(lease, ids, delay, error.code)
         except EmbedderConfigurationError:
             raise
         except EmbeddingError as error:
             logger.warning("%d chunks could not be embedded: %s", len(ids), error.code)
-            return await self._settle(self._fail(lease, chunks, error.code))
-        except Exception:
+            return await self._fail(lease, chunks, error.code)
+        except Exception as error:  # noqa: BLE001  whatever an embedder raises
             # A fault of the embedder itself. The attempt counts, so that it cannot be repeated for ever.
-            logger.exception("the embedder failed on %d chunks", len(ids))
-            return await self._settle(self._fail(lease, chunks, ErrorCode.UNKNOWN_ERROR))
-        return await self._settle(self._complete(lease, ids, vectors))
+            # Where it failed and not what it says: its message may quote the texts.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("the embedder failed on %d chunks: %s at\n%s", len(ids), type(error).__name__, where)
+            return await self._fail(lease, chunks, ErrorCode.UNKNOWN_ERROR)
+        return await self._complete(lease, ids, vectors)
 
     async def _vectors(self, chunks: Sequence[ClaimedChunk]) -> NDArray[np.float32]:
         vectors: Any = await self._embedder.embed_documents([chunk.content for chunk in chunks])
-        if len(vectors) != len(chunks):
-            raise TransientEmbeddingError(f"{len(chunks)} texts, but {len(vectors)} vectors")
+        array = np.asarray(vectors, dtype=np.float32)
+        if len(array) != len(chunks):
+            raise TransientEmbeddingError(f"{len(chunks)} texts, but {len(array)} vectors")
+        if array.shape[1:] != (EMBEDDING_DIMENSION,):
+            # Every text would meet with the same: none of them is at fault.
+            raise EmbedderConfigurationError(
+                f"the embedder {self._embedder.model!r} gives vectors of shape {array.shape[1:]}, "
+                f"the column holds ({EMBEDDING_DIMENSION},): choose another model, or pad its vectors",
+                code=ErrorCode.UNKNOWN_ERROR,
+            )
         try:
-            return check_vectors(vectors)
+            return check_vectors(array)
         except InvalidVectorError as error:
             raise UnembeddableTextError(str(error)) from error
 
-    async def _settle(self, outcome: Any) -> EmbeddingReport:
-        try:
-            report: EmbeddingReport = await outcome
-        except LeaseLostError as error:
-            logger.warning("%s", error)
-            return EmbeddingReport(lost=len(error.chunk_ids))
-        return report
-
     async def _complete(self, lease: Lease, ids: list[int], vectors: NDArray[np.float32]) -> EmbeddingReport:
-        await self._queue.complete(lease, ids, vectors, self._embedder.model)
-        return EmbeddingReport(embedded=len(ids))
+        lost = await _lost(self._queue.complete(lease, ids, vectors, self._embedder.model))
+        return EmbeddingReport(embedded=len(ids) - lost, lost=lost)
 
     async def _bury(self, lease: Lease, ids: list[int], code: ErrorCode) -> EmbeddingReport:
-        await self._queue.bury(lease, ids, code, model=self._embedder.model)
-        return EmbeddingReport(buried=len(ids))
+        lost = await _lost(self._queue.bury(lease, ids, code, model=self._embedder.model))
+        return EmbeddingReport(buried=len(ids) - lost, lost=lost)
 
     async def _defer(self, lease: Lease, ids: list[int], delay: timedelta, code: ErrorCode) -> EmbeddingReport:
-        await self._queue.defer(lease, ids, delay, code)
-        return EmbeddingReport(deferred=len(ids))
+        lost = await _lost(self._queue.defer(lease, ids, delay, code))
+        return EmbeddingReport(deferred=len(ids) - lost, lost=lost)
 
     async def _fail(self, lease: Lease, chunks: Sequence[ClaimedChunk], code: ErrorCode) -> EmbeddingReport:
         report = EmbeddingReport()
         for attempt in sorted({chunk.attempt for chunk in chunks}):
             ids = [chunk.chunk_id for chunk in chunks if chunk.attempt == attempt]
-            buried = await self._queue.fail(lease, ids, code, retry_in=self._delay(attempt), model=self._embedder.model)
-            report += EmbeddingReport(failed=len(ids) - len(buried), buried=len(buried))
+            lost = await _lost(
+                self._queue.fail(lease, ids, code, retry_in=self._delay(attempt), model=self._embedder.model)
+            )
+            recorded = len(ids) - lost
+            if attempt < self._queue.max_attempts:
+                report += EmbeddingReport(failed=recorded, lost=lost)
+            else:
+                report += EmbeddingReport(buried=recorded, lost=lost)
         return report
 
     def _delay(self, attempt: int) -> timedelta:
         # Jitter, so that what failed together does not come back together.
         base = self._backoff[min(attempt, len(self._backoff)) - 1]
         return base * random.uniform(0.8, 1.2)  # noqa: S311  no secret
+
+
+def _wait(retry_after: float | None) -> timedelta:
+    if retry_after is None:
+        return RATE_LIMIT_DELAY
+    # In this order NaN becomes the longest wait.
+    return timedelta(seconds=max(0.0, min(RATE_LIMIT_DELAY_MAX.total_seconds(), retry_after)))
+
+
+async def _lost(write: Awaitable[object]) -> int:
+    """Write to the queue; return for how many chunks it came too late."""
+    try:
+        await write
+    except LeaseLostError as error:
+        logger.warning("%s", error)
+        return len(error.chunk_ids)
+    return 0

@@ -10,7 +10,7 @@ Revises:
 
 from alembic import context, op
 
-from kotonoha_store.migrations import ensure_vector
+from kotonoha_store.migrations import ensure_vector, hnsw_options
 
 revision = "0001"
 down_revision = None
@@ -95,8 +95,7 @@ CHECKS = (
 
 def index_statements() -> list[str]:
     # KB_HNSW_M and KB_HNSW_EF_CONSTRUCTION decide, by default the design's 16 and 64.
-    settings = context.config.attributes["settings"]
-    options = f"m = {settings.kb_hnsw_m}, ef_construction = {settings.kb_hnsw_ef_construction}"
+    options = hnsw_options(context.config.attributes["settings"])
     return [
         "idx_sessions_session_key ON sessions(session_key)",
         "idx_sessions_status ON sessions(status)",

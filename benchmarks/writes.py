@@ -1,0 +1,745 @@
+"""How fast vectors are written: beside hand-written asyncpg, pgvector's own type, and other stores.
+
+    python benchmarks/writes.py [--rows N] [--repeats R] [--peers NAME ...] [--json]
+
+Embeddings into rows that wait for them, batches of 100, one connection:
+
+* fenced: :class:`EmbeddingQueue`'s claim and complete, as a worker calls them, against bare asyncpg on a held
+  connection sending the same SQL (recorded from our own run) in the same transactions;
+* update: only the UPDATE that writes the vectors, one transaction a batch, through SQLAlchemy with our type,
+  through asyncpg, and through SQLAlchemy with pgvector's stock type. All three by executemany.
+
+Ingest of chunks that have their vectors already, one source, one transaction:
+
+* ``add_chunks`` in ``Store.begin`` against COPY of the same rows into the same columns of the same tables,
+  once with the records made from the chunks on the clock (as any program must), once with records made before;
+* against other stores on the same server, each by its documented way of adding many rows.
+
+Everywhere the HNSW index is dropped first, and then once more all have one (``with_hnsw``). All sides have the
+same durability: first ``synchronous_commit = off`` (the figures quoted: here the time of an fsync, paid by whoever
+commits more often, would hide the rest), then ``on`` (``durable``).
+"""
+
+import argparse
+import asyncio
+import hashlib
+import importlib
+import json
+import os
+import random
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Final, Protocol
+
+import numpy as np
+from common import (
+    SEED,
+    Contestant,
+    clustered_vectors,
+    connect,
+    console,
+    contest,
+    embedded_server,
+    median_rate,
+    notes,
+    package_versions,
+    print_json,
+    rate_ratio,
+    run_sql,
+    server_versions,
+    store_settings,
+)
+from numpy.typing import NDArray
+from pgvector.sqlalchemy import HALFVEC
+from rich.table import Table
+from sqlalchemy import URL, BigInteger, Column, MetaData, Text, bindparam, event, update
+from sqlalchemy import Table as SQLTable
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from kotonoha_store import EMBEDDING_DIMENSION, HalfVector, KnowledgeChunk, NewChunk, Scope, SourceType, Store
+from kotonoha_store.database import register_halfvec
+
+BATCH: Final = 100
+CHUNKS_A_SOURCE: Final = 10
+MODEL: Final = "benchmark"
+HNSW: Final = "USING hnsw ({column} {ops}) WITH (m = 16, ef_construction = 64)"
+OUR_INDEX: Final = f"ON knowledge_chunks {HNSW.format(column='embedding', ops='halfvec_cosine_ops')}"
+# pgvector's binary format: dimension, zero, then big-endian halves.
+HEADER: Final = EMBEDDING_DIMENSION.to_bytes(2, "big") + bytes(2)
+SERVER_OPTIONS: Final = {
+    # Nothing else at work while somebody is measured.
+    "autovacuum": "off",
+    "checkpoint_timeout": "1h",
+    "max_wal_size": "8GB",
+    "maintenance_work_mem": "512MB",
+}
+
+Vectors = NDArray[np.float32]
+Seconds = dict[str, list[float]]
+
+
+# Embeddings into rows that wait
+
+
+class Waiting:
+    """Chunks that wait for their vectors, ten to a source, as the archiver leaves them."""
+
+    def __init__(self, connection: Any, rows: int, *, keep: bool) -> None:
+        """``keep``: what is embedded already stays (and with it the HNSW graph)."""
+        self._connection = connection
+        self._rows = rows
+        self._keep = keep
+        self.ids: list[int] = []
+
+    async def prepare(self) -> None:
+        """Leave exactly ``rows`` waiting chunks and their jobs, all due."""
+        connection = self._connection
+        if self._keep:
+            await connection.execute("DELETE FROM knowledge_chunks WHERE embedding IS NULL")
+        else:
+            await connection.execute("TRUNCATE knowledge_sources, embedding_jobs RESTART IDENTITY CASCADE")
+        sources = await connection.fetch(
+            "INSERT INTO knowledge_sources (type, title, guild_id) "
+            "SELECT 'discord_session', 'benchmark', 1 FROM generate_series(1, $1) RETURNING id",
+            self._rows // CHUNKS_A_SOURCE,
+        )
+        chunks = await connection.fetch(
+            "INSERT INTO knowledge_chunks (source_id, content, token_count, guild_id) "
+            "SELECT source, repeat(md5(source::text || n), 12), 100, 1 "
+            "FROM unnest($1::bigint[]) AS source, generate_series(1, $2) AS n ORDER BY source, n RETURNING id",
+            [row["id"] for row in sources],
+            CHUNKS_A_SOURCE,
+        )
+        self.ids = [row["id"] for row in chunks]
+        await connection.execute("INSERT INTO embedding_jobs (chunk_id) SELECT unnest($1::bigint[])", self.ids)
+        await settle(connection)
+
+    def batches(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.ids), BATCH):
+            yield self.ids[start : start + BATCH]
+
+    async def check(self) -> None:
+        """All of them must have their vectors now."""
+        left = await self._connection.fetchval("SELECT count(*) FROM knowledge_chunks WHERE embedding IS NULL")
+        if left:
+            raise RuntimeError(f"{left} of {self._rows} vectors were not written")
+
+
+async def settle(connection: Any) -> None:
+    """The same start for everybody: fresh statistics, no dirty pages."""
+    await connection.execute("ANALYZE knowledge_sources, knowledge_chunks, embedding_jobs")
+    await connection.execute("CHECKPOINT")
+
+
+def vectors_for(vectors: Vectors, ids: Sequence[int]) -> Vectors:
+    """The vectors that an embedder would give for these chunks: float32, shape (len(ids), 1536)."""
+    return vectors[np.asarray(ids) % len(vectors)]
+
+
+def pack(vectors: Vectors) -> list[bytes]:
+    """What hand-written code does to send vectors in binary; nothing is checked."""
+    return [HEADER + row.tobytes() for row in vectors.astype(">f2")]
+
+
+async def fenced_by_us(store: Store, vectors: Vectors) -> None:
+    """Claim and complete until nothing waits."""
+    while (lease := await store.queue.claim(BATCH)).chunks:
+        await store.queue.complete(lease, lease.chunk_ids, vectors_for(vectors, lease.chunk_ids), MODEL)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A statement as SQLAlchemy sent it, with the roles of its parameters, and the value of those that never change."""
+
+    sql: str
+    parameters: tuple[tuple[str, Any], ...]
+
+    def arguments(self, values: dict[str, Any]) -> list[Any]:
+        """The parameters in their order."""
+        return [values.get(role, constant) for role, constant in self.parameters]
+
+
+async def record(store: Store, vectors: Vectors) -> list[Recorded]:
+    """Run one batch through the queue and keep the statements that it sends."""
+    sent: list[tuple[str, Any, bool]] = []
+
+    def listen(_: Any, __: Any, sql: str, parameters: Any, ___: Any, many: bool) -> None:
+        sent.append((sql, parameters, many))
+
+    engine = store.database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", listen)
+    lease = await store.queue.claim(BATCH)
+    await store.queue.complete(lease, lease.chunk_ids, vectors_for(vectors, lease.chunk_ids), MODEL)
+    event.remove(engine, "before_cursor_execute", listen)
+    ids = set(lease.chunk_ids)
+    return [
+        Recorded(sql, tuple((_role(value, ids), value) for value in (parameters[0] if many else parameters)))
+        for sql, parameters, many in sent
+    ]
+
+
+def _role(value: Any, ids: set[int]) -> str:
+    if isinstance(value, list):
+        return "ids" if set(value) == ids else "sources"
+    if isinstance(value, str):
+        return "model" if value == MODEL else "constant"
+    kinds = {bytes: "vector", uuid.UUID: "token", timedelta: "lease", int: "number"}
+    return next(role for kind, role in kinds.items() if isinstance(value, kind))
+
+
+async def fenced_by_hand(connection: Any, statements: Sequence[Recorded], vectors: Vectors) -> None:
+    """The same statements in the same two transactions a batch, with nothing around them."""
+    claim, start, lock, finish, write, recompute = statements
+
+    async def run(statement: Recorded, values: dict[str, Any]) -> list[Any]:
+        rows: list[Any] = await connection.fetch(statement.sql, *statement.arguments(values))
+        return rows
+
+    while True:
+        values: dict[str, Any] = {"number": BATCH, "token": uuid.uuid4(), "lease": timedelta(minutes=5)}
+        async with connection.transaction(isolation="read_committed"):
+            if claimed := await run(claim, values):
+                values["ids"] = [row["chunk_id"] for row in claimed]
+                values["sources"] = sorted({row["source_id"] for row in claimed})
+                await run(start, values)
+        if not claimed:
+            return
+        packed = pack(vectors_for(vectors, values["ids"]))
+        async with connection.transaction(isolation="read_committed"):
+            await run(lock, values)
+            held = {row["chunk_id"] for row in await run(finish, values)}
+            rows = [
+                {"number": chunk_id, "vector": vector, "model": MODEL}
+                for chunk_id, vector in zip(values["ids"], packed, strict=True)
+                if chunk_id in held
+            ]
+            await connection.executemany(write.sql, [write.arguments(row) for row in rows])
+            await run(recompute, values)
+
+
+async def update_by_us(store: Store, waiting: Waiting, vectors: Vectors) -> None:
+    """The UPDATE through SQLAlchemy Core with our binary type."""
+    statement = (
+        update(KnowledgeChunk)
+        .where(KnowledgeChunk.id == bindparam("chunk"))
+        .values(embedding=bindparam("vector", type_=HalfVector()), embedding_model=bindparam("model"))
+    )
+    for ids in waiting.batches():
+        rows = _parameters(ids, vectors)
+        async with store.database.engine.begin() as connection:
+            await connection.execute(statement, rows)
+    await waiting.check()
+
+
+async def update_by_hand(connection: Any, write: Recorded, waiting: Waiting, vectors: Vectors) -> None:
+    """The same UPDATE through asyncpg."""
+    for ids in waiting.batches():
+        packed = pack(vectors_for(vectors, ids))
+        rows = [{"number": i, "vector": vector, "model": MODEL} for i, vector in zip(ids, packed, strict=True)]
+        async with connection.transaction(isolation="read_committed"):
+            await connection.executemany(write.sql, [write.arguments(row) for row in rows])
+    await waiting.check()
+
+
+async def update_by_stock_type(engine: Any, waiting: Waiting, vectors: Vectors) -> None:
+    """The same UPDATE through SQLAlchemy Core with ``pgvector.sqlalchemy.HALFVEC``, which sends text."""
+    table = SQLTable(
+        "knowledge_chunks",
+        MetaData(),
+        Column("id", BigInteger, primary_key=True),
+        Column("embedding", HALFVEC(EMBEDDING_DIMENSION)),
+        Column("embedding_model", Text),
+    )
+    statement = (
+        update(table)
+        .where(table.c.id == bindparam("chunk"))
+        .values(embedding=bindparam("vector", type_=HALFVEC(EMBEDDING_DIMENSION)), embedding_model=bindparam("model"))
+    )
+    for ids in waiting.batches():
+        rows = _parameters(ids, vectors)
+        async with engine.begin() as connection:
+            await connection.execute(statement, rows)
+    await waiting.check()
+
+
+def _parameters(ids: Sequence[int], vectors: Vectors) -> list[dict[str, Any]]:
+    # Arrays: of what the stock type takes, it is quickest with these.
+    given = vectors_for(vectors, ids)
+    return [{"chunk": i, "vector": vector, "model": MODEL} for i, vector in zip(ids, given, strict=True)]
+
+
+async def measure_embedding(bench: "Bench", rows: int, repeats: int, *, hnsw: bool) -> Seconds:
+    """Seconds for writing ``rows`` embeddings, by contestant."""
+    waiting = Waiting(bench.connection, rows, keep=hnsw)
+    store, vectors = bench.store, bench.vectors
+    await waiting.prepare()
+    statements = await record(store, vectors)
+    if len(statements) != 6:
+        raise RuntimeError(f"claim and complete send other statements than this script knows: {statements}")
+
+    async def checked(run: Callable[[], Any]) -> None:
+        await run()
+        await waiting.check()
+
+    contestants = {
+        "fenced/ours": partial(checked, partial(fenced_by_us, store, vectors)),
+        "fenced/raw": partial(checked, partial(fenced_by_hand, bench.connection, statements, vectors)),
+        "update/ours": partial(update_by_us, store, waiting, vectors),
+        "update/raw": partial(update_by_hand, bench.connection, statements[4], waiting, vectors),
+        "update/stock": partial(update_by_stock_type, bench.stock_engine, waiting, vectors),
+    }
+    return await contest(
+        [Contestant(name, waiting.prepare, run) for name, run in contestants.items()],
+        repeats=repeats,
+        label="writing embeddings",
+    )
+
+
+# Ingest of chunks that have their vectors
+
+
+class Peer(Protocol):
+    """Another store on the same server, with a table of its own.
+
+    Attributes:
+        table, column, operators: where an HNSW index goes.
+        packages: whose versions to report.
+        note: where its design differs from ours.
+    """
+
+    table: str
+    column: str
+    operators: str
+    packages: tuple[str, ...]
+    note: str
+
+    async def open(self, url: URL) -> None: ...
+
+    def take(self, chunks: Sequence[NewChunk]) -> None:
+        """Turn the rows into what this store is given; not measured."""
+
+    async def insert(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class LangChain:
+    """langchain-postgres: ``PGVectorStore.aadd_embeddings``."""
+
+    table, column, operators = "peer_langchain", "embedding", "vector_cosine_ops"
+    packages = ("langchain-postgres", "langchain-core")
+    note = "float32; one INSERT and one commit a row"
+
+    async def open(self, url: URL) -> None:
+        from langchain_core.embeddings import DeterministicFakeEmbedding
+        from langchain_postgres import PGEngine, PGVectorStore
+
+        self._engine = PGEngine.from_engine(create_async_engine(url.set(drivername="postgresql+asyncpg")))
+        await self._engine.ainit_vectorstore_table(self.table, EMBEDDING_DIMENSION)
+        # Never asked: the vectors are given.
+        embedder = DeterministicFakeEmbedding(size=EMBEDDING_DIMENSION)
+        self._store = await PGVectorStore.create(self._engine, embedder, self.table)
+
+    def take(self, chunks: Sequence[NewChunk]) -> None:
+        self._texts = [chunk.content for chunk in chunks]
+        self._vectors = [chunk.embedding.tolist() for chunk in chunks]
+        self._metadata = [chunk.location for chunk in chunks]
+
+    async def insert(self) -> None:
+        await self._store.aadd_embeddings(self._texts, self._vectors, self._metadata)
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+class LlamaIndex:
+    """llama-index-vector-stores-postgres: ``PGVectorStore.async_add``."""
+
+    table, column, operators = "data_peer_llama", "embedding", "halfvec_cosine_ops"
+    packages = ("llama-index-vector-stores-postgres", "llama-index-core")
+    note = "halves; ORM rows, one transaction"
+
+    async def open(self, url: URL) -> None:
+        from llama_index.vector_stores.postgres import PGVectorStore
+
+        self._store = PGVectorStore.from_params(
+            connection_string=url.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False),
+            async_connection_string=url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False),
+            table_name=self.table.removeprefix("data_"),
+            embed_dim=EMBEDDING_DIMENSION,
+            use_halfvec=True,
+            use_jsonb=True,
+        )
+        # The table is made by the first call.
+        await self._store.async_add([])
+
+    def take(self, chunks: Sequence[NewChunk]) -> None:
+        from llama_index.core.schema import TextNode
+
+        self._nodes = [
+            TextNode(text=chunk.content, embedding=chunk.embedding.tolist(), metadata=chunk.location)
+            for chunk in chunks
+        ]
+
+    async def insert(self) -> None:
+        await self._store.async_add(self._nodes)
+
+    async def close(self) -> None:
+        await self._store.close()
+
+
+class Mem0:
+    """mem0ai: ``PGVector.insert``, the vector store by itself."""
+
+    table, column, operators = "peer_mem0", "vector", "vector_cosine_ops"
+    packages = ("mem0ai", "psycopg")
+    note = "float32; executemany, one transaction; its GIN index on a text field stays"
+
+    async def open(self, url: URL) -> None:
+        os.environ.setdefault("MEM0_TELEMETRY", "False")
+        os.environ.setdefault("MEM0_DIR", tempfile.gettempdir())
+        from mem0.vector_stores.pgvector import PGVector
+
+        self._store = PGVector(
+            connection_string=url.render_as_string(hide_password=False),
+            collection_name=self.table,
+            embedding_model_dims=EMBEDDING_DIMENSION,
+            diskann=False,
+            hnsw=False,
+            **dict.fromkeys(("dbname", "user", "password", "host", "port")),
+        )
+        self._store.create_col()
+
+    def take(self, chunks: Sequence[NewChunk]) -> None:
+        self._vectors = [chunk.embedding.tolist() for chunk in chunks]
+        self._payloads = [{"data": chunk.content, **chunk.location} for chunk in chunks]
+
+    async def insert(self) -> None:
+        # Blocking: it has no async way, and nobody else is at work.
+        ids = [str(uuid.uuid4()) for _ in self._vectors]
+        self._store.insert(self._vectors, payloads=self._payloads, ids=ids)
+
+    async def close(self) -> None:
+        self._store.connection_pool.close()
+
+
+PEERS: Final[dict[str, tuple[type[Peer], str]]] = {
+    "langchain-postgres": (LangChain, "langchain_postgres"),
+    "llama-index": (LlamaIndex, "llama_index.vector_stores.postgres"),
+    "mem0": (Mem0, "mem0"),
+}
+
+
+def make_chunks(count: int, vectors: Vectors) -> list[NewChunk]:
+    """Chunks of a document with their vectors, always the same."""
+    words = random.Random(SEED)
+    said = datetime(2026, 11, 21, tzinfo=UTC)
+    return [
+        NewChunk(
+            content=" ".join(f"{words.getrandbits(24):x}" for _ in range(56)),
+            location={
+                "url": "https://example.com/document",
+                "label": f"characters {400 * index + 1} to {400 * index + 400}",
+                "chunk_index": index,
+                "start": 400 * index,
+                "end": 400 * index + 400,
+            },
+            token_count=100,
+            occurred_from=said,
+            occurred_to=said,
+            embedding=vectors[index % len(vectors)],
+            embedding_model=MODEL,
+        )
+        for index in range(count)
+    ]
+
+
+async def ingest_by_us(store: Store, chunks: Sequence[NewChunk]) -> None:
+    """A source and its chunks in one transaction."""
+    async with store.begin() as tx:
+        scope = Scope(guild_id=1, channel_id=2)
+        source_id = await tx.knowledge.add_source(SourceType.DOCUMENT_FILE, "benchmark", scope=scope)
+        await tx.knowledge.add_chunks(source_id, chunks)
+
+
+COPIED: Final = (
+    "source_id",
+    "guild_id",
+    "channel_id",
+    "content",
+    "embedding",
+    "location",
+    "token_count",
+    "embedding_model",
+    "content_hash",
+    "occurred_from",
+    "occurred_to",
+)
+
+
+def make_records(chunks: Sequence[NewChunk]) -> list[tuple[Any, ...]]:
+    """The least that turns chunks into records for COPY (without the source): nothing is checked."""
+    packed = pack(np.stack([chunk.embedding for chunk in chunks]))
+    return [
+        (
+            1,
+            2,
+            chunk.content,
+            vector,
+            json.dumps(chunk.location),
+            chunk.token_count,
+            chunk.embedding_model,
+            hashlib.sha256(chunk.content.encode()).digest(),
+            chunk.occurred_from,
+            chunk.occurred_to,
+        )
+        for chunk, vector in zip(chunks, packed, strict=True)
+    ]
+
+
+async def ingest_by_copy(connection: Any, records: Callable[[], Sequence[tuple[Any, ...]]]) -> None:
+    """One COPY, ids from the sequence; they are not returned, nor is anything locked."""
+    async with connection.transaction(isolation="read_committed"):
+        source_id = await connection.fetchval(
+            "INSERT INTO knowledge_sources (type, title, status, guild_id, channel_id) "
+            "VALUES ('document_file', 'benchmark', 'completed', 1, 2) RETURNING id"
+        )
+        rows = [(source_id, *record) for record in records()]
+        await connection.copy_records_to_table("knowledge_chunks", columns=COPIED, records=rows)
+
+
+async def measure_ingest(bench: "Bench", rows: int, repeats: int, *, peers: bool, hnsw: bool) -> Seconds:
+    """Seconds for adding ``rows`` chunks, by contestant. With an index the tables grow, all alike."""
+    chunks = make_chunks(rows, bench.vectors)
+    records = make_records(chunks)
+    contestants = {
+        "ours": partial(ingest_by_us, bench.store, chunks),
+        "copy": partial(ingest_by_copy, bench.connection, lambda: make_records(chunks)),
+    }
+    if not peers and not hnsw:
+        contestants["copy, records ready"] = partial(ingest_by_copy, bench.connection, lambda: records)
+    tables = ["knowledge_sources"]
+    for name, peer in bench.peers.items() if peers else ():
+        peer.take(chunks)
+        contestants[name] = peer.insert
+        tables.append(peer.table)
+
+    async def prepare() -> None:
+        if not hnsw:
+            await bench.connection.execute(f"TRUNCATE {', '.join(tables)} RESTART IDENTITY CASCADE")
+        await settle(bench.connection)
+
+    return await contest(
+        [Contestant(name, prepare, run) for name, run in contestants.items()],
+        repeats=repeats,
+        label=f"ingesting{' beside other stores' if peers else ''}",
+    )
+
+
+# The whole
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What the measurements use: our store, one bare connection, the others."""
+
+    store: Store
+    connection: Any
+    stock_engine: Any
+    peers: dict[str, Peer]
+    vectors: Vectors
+
+
+@asynccontextmanager
+async def opened(url: URL, vectors: Vectors, peer_names: Sequence[str]) -> AsyncIterator[Bench]:
+    """Open everybody on new connections, so that the database's settings hold for all."""
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(Store.open(store_settings(url)))
+        await store.migrate()
+        connection = await connect(url)
+        stack.push_async_callback(connection.close)
+        await register_halfvec(connection)
+        engine = create_async_engine(url.set(drivername="postgresql+asyncpg"))
+        stack.push_async_callback(engine.dispose)
+        peers: dict[str, Peer] = {}
+        for name in peer_names:
+            peers[name] = PEERS[name][0]()
+            await connection.execute(f"DROP TABLE IF EXISTS {peers[name].table}")
+            await peers[name].open(url)
+            stack.push_async_callback(peers[name].close)
+        yield Bench(store, connection, engine, peers, vectors)
+
+
+def installed(names: Sequence[str]) -> list[str]:
+    """Those of the peers that can be imported; the others are named and left out."""
+    found = []
+    for name in names:
+        try:
+            with _quiet_environment():
+                importlib.import_module(PEERS[name][1])
+            found.append(name)
+        except ImportError as error:
+            notes.print(f"[yellow]{name} is left out: {error}")
+    return found
+
+
+@contextmanager
+def _quiet_environment() -> Iterator[None]:
+    os.environ.setdefault("MEM0_TELEMETRY", "False")
+    os.environ.setdefault("MEM0_DIR", tempfile.gettempdir())
+    yield
+
+
+async def measure_plain(url: URL, vectors: Vectors, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything without an HNSW index."""
+    async with opened(url, vectors, options.peers) as bench:
+        await bench.connection.execute("DROP INDEX IF EXISTS idx_chunks_embedding")
+        embedding = await measure_embedding(bench, options.rows, options.repeats, hnsw=False)
+        ingest = await measure_ingest(bench, options.rows, options.repeats, peers=False, hnsw=False)
+        figures = _embedding_figures(embedding, options.rows) | _ingest_figures(ingest, options.rows)
+        if bench.peers:
+            beside = await measure_ingest(bench, options.peer_rows, options.peer_repeats, peers=True, hnsw=False)
+            figures["peers"] = _peer_figures(beside, options.peer_rows)
+            figures["rates"]["ingest beside peers"] = median_rate(options.peer_rows, beside["ours"])
+        return figures
+
+
+async def measure_with_hnsw(url: URL, vectors: Vectors, options: argparse.Namespace) -> dict[str, Any]:
+    """The same with an HNSW index of the same options on every table, over rows that are there already."""
+    rows = options.hnsw_rows
+    async with opened(url, vectors, options.peers) as bench:
+        await _load_and_index(bench, options.hnsw_base)
+        ingest = await measure_ingest(bench, rows, options.peer_repeats, peers=bool(bench.peers), hnsw=True)
+        embedding = await measure_embedding(bench, rows, options.peer_repeats, hnsw=True)
+        figures = _embedding_figures(embedding, rows) | _ingest_figures(ingest, rows)
+        if bench.peers:
+            figures["peers"] = _peer_figures(ingest, rows)
+        return figures
+
+
+async def _load_and_index(bench: Bench, rows: int) -> None:
+    notes.print(f"loading {rows} rows everywhere and building the indexes")
+    connection = bench.connection
+    await connection.execute("TRUNCATE knowledge_sources RESTART IDENTITY CASCADE")
+    await connection.execute("DROP INDEX IF EXISTS idx_chunks_embedding")
+    chunks = make_chunks(rows, bench.vectors)
+    await ingest_by_us(bench.store, chunks)
+    await connection.execute(f"CREATE INDEX idx_chunks_embedding {OUR_INDEX}")
+    for peer in bench.peers.values():
+        peer.take(chunks)
+        await peer.insert()
+        index = HNSW.format(column=peer.column, ops=peer.operators)
+        await connection.execute(f"CREATE INDEX ON {peer.table} {index}")
+
+
+def _embedding_figures(seconds: Seconds, rows: int) -> dict[str, Any]:
+    return {
+        "embed_write_ratio_raw": rate_ratio(seconds["fenced/ours"], seconds["fenced/raw"]),
+        "embed_write_ratio_stock": rate_ratio(seconds["update/ours"], seconds["update/stock"]),
+        "update_ratio_raw": rate_ratio(seconds["update/ours"], seconds["update/raw"]),
+        "fenced_ratio_stock_update": rate_ratio(seconds["fenced/ours"], seconds["update/stock"]),
+        "rates": {name: median_rate(rows, measured) for name, measured in seconds.items()},
+    }
+
+
+def _ingest_figures(seconds: Seconds, rows: int) -> dict[str, Any]:
+    ready = seconds.get("copy, records ready")
+    figures: dict[str, Any] = {"ingest_ratio_copy": rate_ratio(seconds["ours"], seconds["copy"])}
+    if ready:
+        figures["ingest_ratio_copy_ready"] = rate_ratio(seconds["ours"], ready)
+    return figures | {"ingest_rates": {name: median_rate(rows, measured) for name, measured in seconds.items()}}
+
+
+def _peer_figures(seconds: Seconds, rows: int) -> dict[str, dict[str, float]]:
+    return {
+        name: {"ingest_ratio": rate_ratio(seconds["ours"], measured), "rate": median_rate(rows, measured)}
+        for name, measured in seconds.items()
+        if name in PEERS
+    }
+
+
+def print_figures(title: str, figures: dict[str, Any]) -> None:
+    """One table: who, how fast, and how much faster we are."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("what")
+    for heading in ("rows/s", "ours / theirs"):
+        table.add_column(heading, justify="right")
+    ratios = {
+        "fenced/raw": figures["embed_write_ratio_raw"],
+        "update/raw": figures["update_ratio_raw"],
+        "update/stock": figures["embed_write_ratio_stock"],
+        "copy": figures["ingest_ratio_copy"],
+        "copy, records ready": figures.get("ingest_ratio_copy_ready"),
+    }
+    peers = figures.get("peers", {})
+    rates = figures["rates"] | {name: rate for name, rate in figures["ingest_rates"].items() if name not in peers}
+    for name, rate in rates.items():
+        ratio = ratios.get(name)
+        shown = f"ingest/{name}" if name in figures["ingest_rates"] else name
+        table.add_row(shown, f"{rate:,.0f}", f"{ratio:.2f}" if ratio else "")
+    for name, figure in peers.items():
+        table.add_row(f"ingest/{name}", f"{figure['rate']:,.0f}", f"{figure['ingest_ratio']:.1f}")
+    console.print(table)
+
+
+async def measure_all(url: URL, options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, one durability after the other."""
+    vectors = clustered_vectors(options.rows)
+    await run_sql(url, "ALTER DATABASE bench SET synchronous_commit = off")
+    figures = await measure_plain(url, vectors, options)
+    print_figures(f"no HNSW index, synchronous_commit off, {options.rows} rows", figures)
+    if options.hnsw_rows:
+        figures["with_hnsw"] = await measure_with_hnsw(url, vectors, options)
+        title = f"HNSW index over {options.hnsw_base} rows, synchronous_commit off, {options.hnsw_rows} more"
+        print_figures(title, figures["with_hnsw"])
+    if options.durable:
+        await run_sql(url, "ALTER DATABASE bench SET synchronous_commit = on")
+        figures["durable"] = await measure_plain(url, vectors, options)
+        print_figures(f"no HNSW index, synchronous_commit on, {options.rows} rows", figures["durable"])
+    versions = await server_versions(url) | package_versions("pgvector", *_packages(options.peers))
+    console.print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    for name in options.peers:
+        console.print(f"{name}: {PEERS[name][0].note}")
+    return figures
+
+
+def _packages(peers: Sequence[str]) -> list[str]:
+    return [package for name in peers for package in PEERS[name][0].packages]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rows", type=int, default=5000, help="a multiple of 100")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--peer-rows", type=int, default=2000, help="rows beside other stores")
+    parser.add_argument("--peer-repeats", type=int, default=3, help="rounds beside other stores and with HNSW")
+    parser.add_argument("--hnsw-base", type=int, default=2000, help="rows that an HNSW index has before")
+    parser.add_argument("--hnsw-rows", type=int, default=300, help="rows added to it, a multiple of 100; 0: skip")
+    parser.add_argument("--no-durable", dest="durable", action="store_false", help="skip synchronous_commit = on")
+    parser.add_argument(
+        "--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS), help="none after the option: skip them"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
+    if options.rows < BATCH or options.rows % BATCH or options.hnsw_rows % BATCH:
+        parser.error(f"--rows and --hnsw-rows must be multiples of {BATCH}")
+    return options
+
+
+def main() -> None:
+    """Measure on a server of our own."""
+    options = _options()
+    options.peers = installed(options.peers)
+    with embedded_server(options=SERVER_OPTIONS) as url:
+        figures = asyncio.run(measure_all(url, options))
+    if options.json:
+        print_json(figures)
+
+
+if __name__ == "__main__":
+    main()
