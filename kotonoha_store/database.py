@@ -141,24 +141,13 @@ def dump_json(value: Any) -> str:
     """Serialise for ``jsonb``; integers of any size survive.
 
     Raises:
-        InvalidInputError: see :func:`kotonoha_store.records.check_json`; also nesting too deep, a
-            structure that contains itself, or an integer beyond 4,300 digits.
+        InvalidInputError: see :func:`kotonoha_store.records.check_json`; also an integer beyond 4,300 digits.
     """
-    try:
-        # First, because it notices cycles.
-        serialised = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except RecursionError:
-        raise InvalidInputError("the JSON value is nested too deeply, or contains itself") from None
-    except ValueError as error:
-        if "ircular" in str(error):
-            raise InvalidInputError("the JSON value contains itself") from None
-        check_json(value)
-        raise InvalidInputError(f"the JSON value cannot be stored: {error}") from None
-    except TypeError:
-        check_json(value)
-        raise
     check_json(value)
-    return serialised
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise InvalidInputError(f"the JSON value cannot be stored: {error}") from None
 
 
 class Database:

@@ -236,19 +236,19 @@ class KnowledgeRepository:
         return Scope(*row)
 
     async def _insert_chunks(self, source_id: int, scope: Scope, rows: Sequence[_Row]) -> list[int]:
+        if not rows:
+            return []
         owner = (source_id, *(getattr(scope, name) for name in _SCOPE_NAMES))
-        ids: list[int] = []
+        ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(rows)})]
+        # The statement above has begun the transaction that COPY, being the driver's own, takes part in.
+        driver = await driver_connection(self._session)
         for start in range(0, len(rows), self._insert_batch_size):
             batch = rows[start : start + self._insert_batch_size]
-            new_ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(batch)})]
-            records = [(chunk_id, *owner, *row) for chunk_id, row in zip(new_ids, batch, strict=True)]
-            waiting = [(chunk_id,) for chunk_id, row in zip(new_ids, batch, strict=True) if row.embedding is None]
-            # The statement above has begun the transaction that COPY, being the driver's own, takes part in.
-            driver = await driver_connection(self._session)
+            numbered = list(zip(ids[start : start + len(batch)], batch, strict=True))
+            records = [(chunk_id, *owner, *row) for chunk_id, row in numbered]
             await driver.copy_records_to_table("knowledge_chunks", columns=_CHUNK_COLUMNS, records=records)
-            if waiting:
+            if waiting := [(chunk_id,) for chunk_id, row in numbered if row.embedding is None]:
                 await driver.copy_records_to_table("embedding_jobs", columns=["chunk_id"], records=waiting)
-            ids.extend(new_ids)
         return ids
 
     async def _replace_chunks(

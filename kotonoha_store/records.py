@@ -137,7 +137,7 @@ def _storable_json(value: object) -> object:
     return value
 
 
-StoredText = Annotated[str, AfterValidator(_storable)]
+StoredText = Annotated[str, Field(strict=True), AfterValidator(_storable)]
 BigInt = Annotated[int, Field(strict=True, ge=-BIGINT_MAX - 1, le=BIGINT_MAX)]
 JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_storable_json)]
 Instant = Annotated[AwareDatetime, AfterValidator(in_utc)]

@@ -3,17 +3,20 @@
 import json
 import math
 from datetime import UTC, datetime, timedelta, timezone
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kotonoha_store import InvalidInputError, Message, Scope, SearchFilters, SourceType
 from kotonoha_store.records import BIGINT_MAX, JSON_MAX_DEPTH, check_json, check_text, in_utc
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))
 json_values = st.recursive(
@@ -37,6 +40,10 @@ messages = st.builds(
 )
 
 
+class Role(StrEnum):
+    USER = "person"
+
+
 def nested(depth: int, value: Any = 1) -> Any:
     for _ in range(depth):
         value = {"a": value}
@@ -46,6 +53,7 @@ def nested(depth: int, value: Any = 1) -> Any:
 # Messages
 
 
+@unhurried
 @given(messages)
 def test_a_message_survives_its_stored_form(message: Message) -> None:
     stored = message.to_stored()
@@ -54,6 +62,7 @@ def test_a_message_survives_its_stored_form(message: Message) -> None:
     assert Message.from_stored(json.loads(json.dumps(stored))) == message
 
 
+@unhurried
 @given(
     st.dictionaries(st.sampled_from([*Message.model_fields, "x", "stored.x", "self", "cls", ""]) | texts, json_values)
     | json_values
@@ -109,6 +118,12 @@ def test_times_are_kept_to_the_second_of_old_offsets() -> None:
     message = Message.user("x", timestamp=old)
     assert message.timestamp == old
     assert Message.from_stored(message.to_stored()).timestamp == old
+
+
+def test_an_enum_of_strings_is_text() -> None:
+    message = Message(role=Role.USER, content="x")
+    assert message.to_stored()["role"] == "person"
+    assert Message.from_stored(message.to_stored()) == message
 
 
 def test_shorthands() -> None:
@@ -301,6 +316,7 @@ def test_what_contains_itself_is_refused(again: Any) -> None:
         check_json(loop)
 
 
+@unhurried
 @given(json_values)
 def test_all_json_passes(value: Any) -> None:
     check_json(value)
@@ -313,6 +329,7 @@ def test_the_deepest_and_the_widest_that_pass() -> None:
     Message.user("x", metadata=nested(JSON_MAX_DEPTH))
 
 
+@unhurried
 @given(st.text())
 def test_text_passes_exactly_when_postgresql_can_store_it(value: str) -> None:
     is_bad = "\x00" in value or any(0xD800 <= ord(character) <= 0xDFFF for character in value)

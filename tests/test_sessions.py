@@ -545,7 +545,9 @@ async def test_due_sessions_come_in_pages(sessions: SessionRepository, session: 
     everything = await sessions.due_for_archiving(timedelta(0), limit=10)
     assert len(everything) == 5
     paged: list[DueSession] = []
-    while page := await sessions.due_for_archiving(timedelta(0), limit=2, after=paged[-1] if paged else None):
+    for size in (2, 2, 1, 0):
+        page = await sessions.due_for_archiving(timedelta(0), limit=2, after=paged[-1] if paged else None)
+        assert len(page) == size
         paged += page
     assert paged == everything
 
