@@ -88,7 +88,8 @@ async def server_versions(url: URL) -> dict[str, str]:
     finally:
         await connection.close()
     versions = {"PostgreSQL": postgres.split()[0], "pgvector": pgvector or "-", "Python": platform.python_version()}
-    return versions | package_versions("sqlalchemy", "asyncpg", "numpy")
+    packages = package_versions("sqlalchemy", "asyncpg", "numpy", "pgvector")
+    return versions | {f"{name} (PyPI)" if name == "pgvector" else name: found for name, found in packages.items()}
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -30,8 +30,8 @@ import random
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, Protocol
@@ -62,13 +62,13 @@ from sqlalchemy import Table as SQLTable
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from kotonoha_store import EMBEDDING_DIMENSION, HalfVector, KnowledgeChunk, NewChunk, Scope, SourceType, Store
+from kotonoha_store.columns import pack_vectors
 from kotonoha_store.database import register_halfvec
 
 BATCH: Final = 100
 CHUNKS_A_SOURCE: Final = 10
 MODEL: Final = "benchmark"
 HNSW: Final = "USING hnsw ({column} {ops}) WITH (m = 16, ef_construction = 64)"
-OUR_INDEX: Final = f"ON knowledge_chunks {HNSW.format(column='embedding', ops='halfvec_cosine_ops')}"
 # pgvector's binary format: dimension, zero, then big-endian halves.
 HEADER: Final = EMBEDDING_DIMENSION.to_bytes(2, "big") + bytes(2)
 SERVER_OPTIONS: Final = {
@@ -89,20 +89,16 @@ Seconds = dict[str, list[float]]
 class Waiting:
     """Chunks that wait for their vectors, ten to a source, as the archiver leaves them."""
 
-    def __init__(self, connection: Any, rows: int, *, keep: bool) -> None:
-        """``keep``: what is embedded already stays (and with it the HNSW graph)."""
-        self._connection = connection
+    def __init__(self, bench: "Bench", rows: int) -> None:
+        self._bench = bench
+        self._connection = bench.connection
         self._rows = rows
-        self._keep = keep
         self.ids: list[int] = []
 
     async def prepare(self) -> None:
         """Leave exactly ``rows`` waiting chunks and their jobs, all due."""
         connection = self._connection
-        if self._keep:
-            await connection.execute("DELETE FROM knowledge_chunks WHERE embedding IS NULL")
-        else:
-            await connection.execute("TRUNCATE knowledge_sources, embedding_jobs RESTART IDENTITY CASCADE")
+        await self._bench.reset("knowledge_chunks")
         sources = await connection.fetch(
             "INSERT INTO knowledge_sources (type, title, guild_id) "
             "SELECT 'discord_session', 'benchmark', 1 FROM generate_series(1, $1) RETURNING id",
@@ -117,7 +113,7 @@ class Waiting:
         )
         self.ids = [row["id"] for row in chunks]
         await connection.execute("INSERT INTO embedding_jobs (chunk_id) SELECT unnest($1::bigint[])", self.ids)
-        await settle(connection)
+        await self._bench.settle()
 
     def batches(self) -> Iterator[list[int]]:
         for start in range(0, len(self.ids), BATCH):
@@ -128,12 +124,6 @@ class Waiting:
         left = await self._connection.fetchval("SELECT count(*) FROM knowledge_chunks WHERE embedding IS NULL")
         if left:
             raise RuntimeError(f"{left} of {self._rows} vectors were not written")
-
-
-async def settle(connection: Any) -> None:
-    """The same start for everybody: fresh statistics, no dirty pages."""
-    await connection.execute("ANALYZE knowledge_sources, knowledge_chunks, embedding_jobs")
-    await connection.execute("CHECKPOINT")
 
 
 def vectors_for(vectors: Vectors, ids: Sequence[int]) -> Vectors:
@@ -230,7 +220,9 @@ async def update_by_us(store: Store, waiting: Waiting, vectors: Vectors) -> None
         .values(embedding=bindparam("vector", type_=HalfVector()), embedding_model=bindparam("model"))
     )
     for ids in waiting.batches():
-        rows = _parameters(ids, vectors)
+        # All at once, as the queue does it.
+        packed = pack_vectors(vectors_for(vectors, ids))
+        rows = [{"chunk": i, "vector": vector, "model": MODEL} for i, vector in zip(ids, packed, strict=True)]
         async with store.database.engine.begin() as connection:
             await connection.execute(statement, rows)
     await waiting.check()
@@ -261,21 +253,17 @@ async def update_by_stock_type(engine: Any, waiting: Waiting, vectors: Vectors) 
         .values(embedding=bindparam("vector", type_=HALFVEC(EMBEDDING_DIMENSION)), embedding_model=bindparam("model"))
     )
     for ids in waiting.batches():
-        rows = _parameters(ids, vectors)
+        # Arrays: of what the stock type takes, it is quickest with these.
+        given = vectors_for(vectors, ids)
+        rows = [{"chunk": i, "vector": vector, "model": MODEL} for i, vector in zip(ids, given, strict=True)]
         async with engine.begin() as connection:
             await connection.execute(statement, rows)
     await waiting.check()
 
 
-def _parameters(ids: Sequence[int], vectors: Vectors) -> list[dict[str, Any]]:
-    # Arrays: of what the stock type takes, it is quickest with these.
-    given = vectors_for(vectors, ids)
-    return [{"chunk": i, "vector": vector, "model": MODEL} for i, vector in zip(ids, given, strict=True)]
-
-
-async def measure_embedding(bench: "Bench", rows: int, repeats: int, *, hnsw: bool) -> Seconds:
+async def measure_embedding(bench: "Bench", rows: int, repeats: int) -> Seconds:
     """Seconds for writing ``rows`` embeddings, by contestant."""
-    waiting = Waiting(bench.connection, rows, keep=hnsw)
+    waiting = Waiting(bench, rows)
     store, vectors = bench.store, bench.vectors
     await waiting.prepare()
     statements = await record(store, vectors)
@@ -401,8 +389,6 @@ class Mem0:
     note = "float32; executemany, one transaction; its GIN index on a text field stays"
 
     async def open(self, url: URL) -> None:
-        os.environ.setdefault("MEM0_TELEMETRY", "False")
-        os.environ.setdefault("MEM0_DIR", tempfile.gettempdir())
         from mem0.vector_stores.pgvector import PGVector
 
         self._store = PGVector(
@@ -513,29 +499,30 @@ async def ingest_by_copy(connection: Any, records: Callable[[], Sequence[tuple[A
         await connection.copy_records_to_table("knowledge_chunks", columns=COPIED, records=rows)
 
 
-async def measure_ingest(bench: "Bench", rows: int, repeats: int, *, peers: bool, hnsw: bool) -> Seconds:
-    """Seconds for adding ``rows`` chunks, by contestant. With an index the tables grow, all alike."""
+async def measure_ingest(bench: "Bench", rows: int, repeats: int, *, peers: bool) -> Seconds:
+    """Seconds for adding ``rows`` chunks, by contestant."""
     chunks = make_chunks(rows, bench.vectors)
     records = make_records(chunks)
     contestants = {
         "ours": partial(ingest_by_us, bench.store, chunks),
         "copy": partial(ingest_by_copy, bench.connection, lambda: make_records(chunks)),
     }
-    if not peers and not hnsw:
+    if not peers:
         contestants["copy, records ready"] = partial(ingest_by_copy, bench.connection, lambda: records)
-    tables = ["knowledge_sources"]
     for name, peer in bench.peers.items() if peers else ():
         peer.take(chunks)
         contestants[name] = peer.insert
-        tables.append(peer.table)
 
-    async def prepare() -> None:
-        if not hnsw:
-            await bench.connection.execute(f"TRUNCATE {', '.join(tables)} RESTART IDENTITY CASCADE")
-        await settle(bench.connection)
+    async def prepare(table: str) -> None:
+        await bench.reset(table)
+        await bench.settle()
 
+    tables = {name: peer.table for name, peer in bench.peers.items()}
     return await contest(
-        [Contestant(name, prepare, run) for name, run in contestants.items()],
+        [
+            Contestant(name, partial(prepare, tables.get(name, "knowledge_chunks")), run)
+            for name, run in contestants.items()
+        ],
         repeats=repeats,
         label=f"ingesting{' beside other stores' if peers else ''}",
     )
@@ -546,13 +533,40 @@ async def measure_ingest(bench: "Bench", rows: int, repeats: int, *, peers: bool
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What the measurements use: our store, one bare connection, the others."""
+    """What the measurements use: our store, one bare connection, the others.
+
+    Attributes:
+        bases: by table, what :meth:`reset` fills it with and the index that it builds on that; else it only empties.
+    """
 
     store: Store
     connection: Any
     stock_engine: Any
     peers: dict[str, Peer]
     vectors: Vectors
+    bases: dict[str, str] = field(default_factory=dict)
+
+    async def reset(self, table: str) -> None:
+        """Bring a table into the state that every run starts from."""
+        both = ("knowledge_sources", table) if table == "knowledge_chunks" else (table,)
+        index = self.bases.get(table)
+        await self.connection.execute("DROP INDEX IF EXISTS bench_hnsw")
+        await self.connection.execute(f"TRUNCATE {both[0]} {'' if index else 'RESTART IDENTITY'} CASCADE")
+        if index:
+            for name in both:
+                await self.connection.execute(f"INSERT INTO {name} SELECT * FROM base_{name}")
+            await self.connection.execute(f"CREATE INDEX bench_hnsw ON {table} {index}")
+
+    async def settle(self) -> None:
+        """The same start for everybody: fresh statistics, no dirty pages."""
+        await self.connection.execute("ANALYZE knowledge_sources, knowledge_chunks, embedding_jobs")
+        await self.connection.execute("CHECKPOINT")
+
+    async def keep_as_base(self, table: str, column: str, operators: str) -> None:
+        """Let :meth:`reset` bring back what the table holds now, with an HNSW index over it."""
+        for name in ("knowledge_sources", table) if table == "knowledge_chunks" else (table,):
+            await self.connection.execute(f"CREATE TABLE base_{name} AS TABLE {name}")
+        self.bases[table] = HNSW.format(column=column, ops=operators)
 
 
 @asynccontextmanager
@@ -577,33 +591,28 @@ async def opened(url: URL, vectors: Vectors, peer_names: Sequence[str]) -> Async
 
 def installed(names: Sequence[str]) -> list[str]:
     """Those of the peers that can be imported; the others are named and left out."""
+    # mem0 reports home and makes a directory in the user's home when it is imported.
+    os.environ.setdefault("MEM0_TELEMETRY", "False")
+    os.environ.setdefault("MEM0_DIR", tempfile.mkdtemp(prefix="ktb"))
     found = []
     for name in names:
         try:
-            with _quiet_environment():
-                importlib.import_module(PEERS[name][1])
+            importlib.import_module(PEERS[name][1])
             found.append(name)
         except ImportError as error:
             notes.print(f"[yellow]{name} is left out: {error}")
     return found
 
 
-@contextmanager
-def _quiet_environment() -> Iterator[None]:
-    os.environ.setdefault("MEM0_TELEMETRY", "False")
-    os.environ.setdefault("MEM0_DIR", tempfile.gettempdir())
-    yield
-
-
 async def measure_plain(url: URL, vectors: Vectors, options: argparse.Namespace) -> dict[str, Any]:
     """Everything without an HNSW index."""
     async with opened(url, vectors, options.peers) as bench:
         await bench.connection.execute("DROP INDEX IF EXISTS idx_chunks_embedding")
-        embedding = await measure_embedding(bench, options.rows, options.repeats, hnsw=False)
-        ingest = await measure_ingest(bench, options.rows, options.repeats, peers=False, hnsw=False)
+        embedding = await measure_embedding(bench, options.rows, options.repeats)
+        ingest = await measure_ingest(bench, options.rows, options.repeats, peers=False)
         figures = _embedding_figures(embedding, options.rows) | _ingest_figures(ingest, options.rows)
         if bench.peers:
-            beside = await measure_ingest(bench, options.peer_rows, options.peer_repeats, peers=True, hnsw=False)
+            beside = await measure_ingest(bench, options.peer_rows, options.peer_repeats, peers=True)
             figures["peers"] = _peer_figures(beside, options.peer_rows)
             figures["rates"]["ingest beside peers"] = median_rate(options.peer_rows, beside["ours"])
         return figures
@@ -613,28 +622,26 @@ async def measure_with_hnsw(url: URL, vectors: Vectors, options: argparse.Namesp
     """The same with an HNSW index of the same options on every table, over rows that are there already."""
     rows = options.hnsw_rows
     async with opened(url, vectors, options.peers) as bench:
-        await _load_and_index(bench, options.hnsw_base)
-        ingest = await measure_ingest(bench, rows, options.peer_repeats, peers=bool(bench.peers), hnsw=True)
-        embedding = await measure_embedding(bench, rows, options.peer_repeats, hnsw=True)
+        await _load_bases(bench, options.hnsw_base)
+        ingest = await measure_ingest(bench, rows, options.peer_repeats, peers=True)
+        embedding = await measure_embedding(bench, rows, options.peer_repeats)
         figures = _embedding_figures(embedding, rows) | _ingest_figures(ingest, rows)
         if bench.peers:
             figures["peers"] = _peer_figures(ingest, rows)
         return figures
 
 
-async def _load_and_index(bench: Bench, rows: int) -> None:
-    notes.print(f"loading {rows} rows everywhere and building the indexes")
-    connection = bench.connection
-    await connection.execute("TRUNCATE knowledge_sources RESTART IDENTITY CASCADE")
-    await connection.execute("DROP INDEX IF EXISTS idx_chunks_embedding")
+async def _load_bases(bench: Bench, rows: int) -> None:
+    notes.print(f"loading {rows} rows everywhere")
+    await bench.connection.execute("DROP INDEX IF EXISTS idx_chunks_embedding")
+    await bench.reset("knowledge_chunks")
     chunks = make_chunks(rows, bench.vectors)
     await ingest_by_us(bench.store, chunks)
-    await connection.execute(f"CREATE INDEX idx_chunks_embedding {OUR_INDEX}")
+    await bench.keep_as_base("knowledge_chunks", "embedding", "halfvec_cosine_ops")
     for peer in bench.peers.values():
         peer.take(chunks)
         await peer.insert()
-        index = HNSW.format(column=peer.column, ops=peer.operators)
-        await connection.execute(f"CREATE INDEX ON {peer.table} {index}")
+        await bench.keep_as_base(peer.table, peer.column, peer.operators)
 
 
 def _embedding_figures(seconds: Seconds, rows: int) -> dict[str, Any]:
@@ -695,13 +702,13 @@ async def measure_all(url: URL, options: argparse.Namespace) -> dict[str, Any]:
     print_figures(f"no HNSW index, synchronous_commit off, {options.rows} rows", figures)
     if options.hnsw_rows:
         figures["with_hnsw"] = await measure_with_hnsw(url, vectors, options)
-        title = f"HNSW index over {options.hnsw_base} rows, synchronous_commit off, {options.hnsw_rows} more"
+        title = f"HNSW index over {options.hnsw_base} rows, {options.hnsw_rows} more"
         print_figures(title, figures["with_hnsw"])
     if options.durable:
         await run_sql(url, "ALTER DATABASE bench SET synchronous_commit = on")
         figures["durable"] = await measure_plain(url, vectors, options)
         print_figures(f"no HNSW index, synchronous_commit on, {options.rows} rows", figures["durable"])
-    versions = await server_versions(url) | package_versions("pgvector", *_packages(options.peers))
+    versions = await server_versions(url) | package_versions(*_packages(options.peers))
     console.print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for name in options.peers:
         console.print(f"{name}: {PEERS[name][0].note}")

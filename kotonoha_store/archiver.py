@@ -223,7 +223,8 @@ class SessionArchiver:
                 if isinstance(error, StoreUnavailableError) and not isinstance(error, StoreTimeoutError):
                     raise
                 # One session that is unreadable, or too large, must not keep the others from being archived.
-                logger.exception("session %s was not archived", session_id)
+                # The error itself, which may quote what was said, goes to the caller and not to the log.
+                logger.error("session %s was not archived: %s", session_id, type(error).__name__)
                 failed.append((session_id, error))
                 return None
 

@@ -101,10 +101,9 @@ class KnowledgeRepository:
             InvalidInputError: a blank title, text that PostgreSQL cannot store, or messages that are archived already.
         """
         values = _source_values(type, title, uri, scope or Scope(), metadata or {})
+        values["archived_messages"] = archived_messages
         if origin is not None:
             values["origin_session_id"], values["origin_first_index"] = origin
-        if archived_messages is not None:  # None would be stored as JSON's null
-            values["archived_messages"] = archived_messages
         statement = insert(KnowledgeSource).values(values).returning(KnowledgeSource.id)
         return (await self._session.execute(statement)).scalar_one()
 

@@ -262,8 +262,8 @@ class SearchFilters(_Input):
     user_id: BigInt | None = None
     source_ids: tuple[BigInt, ...] | None = None
     source_types: tuple[SourceType, ...] | None = None
-    since: Instant | None = None
-    until: Instant | None = None
+    since: Annotated[Instant, Field(strict=True)] | None = None
+    until: Annotated[Instant, Field(strict=True)] | None = None
     metadata: JsonObject | None = None
 
     @model_validator(mode="after")

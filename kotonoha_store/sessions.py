@@ -256,8 +256,9 @@ def _append(session_key: str, session_type: str, scope: Scope, messages: Sequenc
             "messages": Session.messages.op("||", return_type=JSONB())(new.messages),
             "version": Session.version + 1,
             "status": SessionStatus.ACTIVE,
-            "last_active_at": func.now(),
-            "archive_due_at": new.archive_due_at,
+            # now() is when the transaction began: a long one must not set the clock back.
+            "last_active_at": func.greatest(Session.last_active_at, func.now()),
+            "archive_due_at": func.greatest(Session.archive_due_at, new.archive_due_at),
             **{name: func.coalesce(getattr(Session, name), getattr(new, name)) for name in ids},
         },
         where=_same_scope(new),

@@ -501,7 +501,8 @@ async def test_a_cancelled_archive_is_done_or_undone(database: Database) -> None
 async def test_one_bad_session_does_not_stop_the_others(database: Database) -> None:
     ids = [await append(database, f"k{number}", talk(2)) for number in range(5)]
     await query(database, "UPDATE sessions SET messages = '{}' WHERE session_key IN ('k0', 'k3')")
-    report = await archiver(database, batch_size=2).run_once(NOW)
+    async with asyncio.timeout(20):
+        report = await archiver(database, batch_size=2).run_once(NOW)
     assert report.archived == 3
     assert sorted(failed for failed, _ in report.failed) == [ids[0], ids[3]]
     # They are tried again by the next pass, and only once in it.

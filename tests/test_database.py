@@ -353,9 +353,9 @@ def url_of(value: str, **values: object) -> URL | None:
 @pytest.mark.parametrize(
     "scheme", ["postgres", "postgresql", "postgresql+asyncpg", "postgresql+psycopg", "postgresql+psycopg2"]
 )
-async def test_every_spelling_of_postgresql_is_taken(migrated_url: URL, scheme: str) -> None:
-    given = migrated_url.render_as_string(hide_password=False).replace("postgresql:", f"{scheme}:")
-    assert url_of(given) == migrated_url.set(drivername="postgresql")
+async def test_every_spelling_of_postgresql_is_taken(shared_url: URL, scheme: str) -> None:
+    given = shared_url.render_as_string(hide_password=False).replace("postgresql:", f"{scheme}:")
+    assert url_of(given) == shared_url.set(drivername="postgresql")
     async with await Database.open(Settings(_env_file=None, database_url=given)) as database:
         await database.ping()
 
@@ -406,8 +406,8 @@ def everything(error: BaseException) -> str:
         "target_session_attrs=any",
     ],
 )
-async def test_parameters_of_libpq_are_taken(migrated_url: URL, query: str) -> None:
-    url = url_of(f"{migrated_url.render_as_string(hide_password=False)}&{query}")
+async def test_parameters_of_libpq_are_taken(shared_url: URL, query: str) -> None:
+    url = url_of(f"{shared_url.render_as_string(hide_password=False)}&{query}")
     assert url is not None
     async with opened(url) as database, database.connect() as connection:
         name = await connection.scalar(text("SHOW application_name"))
@@ -430,27 +430,27 @@ def test_connect_timeout_wins_over_the_setting_and_0_means_for_ever() -> None:
 
 
 @pytest.mark.parametrize("query", ["sslmode=s3cret", "no_such_parameter=s3cret", "work_mem=s3cret"])
-async def test_an_unusable_parameter_is_a_matter_of_configuration(migrated_url: URL, query: str) -> None:
-    async with opened(migrated_url.update_query_string(query)) as database:
+async def test_an_unusable_parameter_is_a_matter_of_configuration(shared_url: URL, query: str) -> None:
+    async with opened(shared_url.update_query_string(query)) as database:
         with pytest.raises(ConfigurationError, match="parameter") as caught:
             await database.ping()
     assert "s3cret" not in str(caught.value)
     assert caught.value.__cause__ is not None
 
 
-async def test_postgres_host_wins_over_database_url(migrated_url: URL) -> None:
-    host, port = migrated_url.query.get("host", migrated_url.host), migrated_url.query.get("port", migrated_url.port)
+async def test_postgres_host_wins_over_database_url(shared_url: URL) -> None:
+    host, port = shared_url.query.get("host", shared_url.host), shared_url.query.get("port", shared_url.port)
     settings = Settings(
         _env_file=None,
         database_url="postgresql://nobody@127.0.0.1:1/nothing",
         postgres_host=str(host),
         postgres_port=int(str(port or 5432)),
-        postgres_user=migrated_url.username,
-        postgres_password=migrated_url.password,
-        postgres_db=migrated_url.database,
+        postgres_user=shared_url.username,
+        postgres_password=shared_url.password,
+        postgres_db=shared_url.database,
     )
     async with await Database.open(settings) as database, database.connect() as connection:
-        assert await connection.scalar(text("SELECT current_database()")) == migrated_url.database
+        assert await connection.scalar(text("SELECT current_database()")) == shared_url.database
 
 
 def test_a_host_is_kept_apart_from_a_socket() -> None:
@@ -531,19 +531,19 @@ async def test_stored_text_is_in_no_message(database: Database, caplog: pytest.L
 # -- connecting ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_server_that_starts_late_is_waited_for(migrated_url: URL) -> None:
+async def test_a_server_that_starts_late_is_waited_for(shared_url: URL) -> None:
     """A port that listens only after a while, with the real server behind it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        arguments = migrated_url.query
+        arguments = shared_url.query
         if (directory := arguments.get("host")) is not None:
             path = f"{directory}/.s.PGSQL.{arguments.get('port', '5432')}"
             up_reader, up_writer = await asyncio.open_unix_connection(path)
         else:
-            up_reader, up_writer = await asyncio.open_connection(migrated_url.host, migrated_url.port or 5432)
+            up_reader, up_writer = await asyncio.open_connection(shared_url.host, shared_url.port or 5432)
 
         async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
             try:
@@ -561,9 +561,7 @@ async def test_a_server_that_starts_late_is_waited_for(migrated_url: URL) -> Non
         await asyncio.sleep(0.4)
         return await asyncio.start_server(relay, "127.0.0.1", port)
 
-    url = URL.create(
-        "postgresql", migrated_url.username, migrated_url.password, "127.0.0.1", port, migrated_url.database
-    )
+    url = URL.create("postgresql", shared_url.username, shared_url.password, "127.0.0.1", port, shared_url.database)
     task = asyncio.create_task(listen_late())
     async with opened(url, db_connect_attempts=10) as database:
         await database.ping()
@@ -607,12 +605,10 @@ async def test_a_server_that_never_answers_times_out() -> None:
                 await asyncio.wait_for(database.ping(), 5)
 
 
-async def test_what_will_not_mend_itself_is_not_tried_again(
-    migrated_url: URL, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_what_will_not_mend_itself_is_not_tried_again(shared_url: URL, caplog: pytest.LogCaptureFixture) -> None:
     for url, message in (
-        (migrated_url.set(database="no_such_database"), "does not exist"),
-        (migrated_url.set(username="no_such_role"), "refused this user or password"),
+        (shared_url.set(database="no_such_database"), "does not exist"),
+        (shared_url.set(username="no_such_role"), "refused this user or password"),
     ):
         async with opened(url, db_connect_attempts=5) as database:
             with pytest.raises(ConfigurationError, match=message) as caught:
@@ -621,7 +617,7 @@ async def test_what_will_not_mend_itself_is_not_tried_again(
     assert "stamina" not in caplog.text
 
 
-async def test_a_full_server_is_tried_again(migrated_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_server_is_tried_again(shared_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
     connect, attempts = asyncpg.connect, [0]
 
     async def full_at_first(**arguments: Any) -> Any:
@@ -632,11 +628,11 @@ async def test_a_full_server_is_tried_again(migrated_url: URL, monkeypatch: pyte
 
     with monkeypatch.context() as patched:
         patched.setattr(asyncpg, "connect", full_at_first)
-        async with opened(migrated_url, db_connect_attempts=2) as database:
+        async with opened(shared_url, db_connect_attempts=2) as database:
             with pytest.raises(StoreUnavailableError, match="53300"):
                 await database.ping()
         attempts[0] = 0
-        async with opened(migrated_url, db_connect_attempts=3) as database:
+        async with opened(shared_url, db_connect_attempts=3) as database:
             await database.ping()
     assert attempts == [3]
 
@@ -655,8 +651,8 @@ async def test_nothing_is_tried_again_where_stamina_is_off(caplog: pytest.LogCap
 # -- the pool -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_killed_connection_is_replaced_at_the_next_use(migrated_url: URL, server_url: URL) -> None:
-    async with opened(migrated_url) as database:
+async def test_a_killed_connection_is_replaced_at_the_next_use(shared_url: URL, server_url: URL) -> None:
+    async with opened(shared_url) as database:
         async with database.begin() as session:
             pid = await session.scalar(text("SELECT pg_backend_pid()"))
         await run_sql(server_url, f"SELECT pg_terminate_backend({pid}, 5000)")
@@ -668,38 +664,38 @@ async def test_a_killed_connection_is_replaced_at_the_next_use(migrated_url: URL
             assert isinstance(found, np.ndarray)
 
 
-async def test_a_connection_killed_in_use_is_told_and_the_next_works(migrated_url: URL) -> None:
-    async with opened(migrated_url) as database:
+async def test_a_connection_killed_in_use_is_told_and_the_next_works(shared_url: URL) -> None:
+    async with opened(shared_url) as database:
         with pytest.raises(StoreUnavailableError):
             await run(database, "SELECT pg_terminate_backend(pg_backend_pid())")
         await database.ping()
 
 
-async def test_the_callers_error_outlives_a_dead_connection(migrated_url: URL, server_url: URL) -> None:
+async def test_the_callers_error_outlives_a_dead_connection(shared_url: URL, server_url: URL) -> None:
     async def work() -> None:
         async with database.begin() as session:
             await kill(server_url, session)
             raise ZeroDivisionError
 
-    async with opened(migrated_url) as database:
+    async with opened(shared_url) as database:
         with pytest.raises(ZeroDivisionError):
             await work()
         await database.ping()
 
 
-async def test_a_commit_on_a_dead_connection_is_told(migrated_url: URL, server_url: URL) -> None:
+async def test_a_commit_on_a_dead_connection_is_told(shared_url: URL, server_url: URL) -> None:
     async def work() -> None:
         async with database.begin() as session:
             await kill(server_url, session)
 
-    async with opened(migrated_url) as database:
+    async with opened(shared_url) as database:
         with pytest.raises(StoreUnavailableError):
             await work()
         await database.ping()
 
 
-async def test_an_exhausted_pool_gives_a_time_out(migrated_url: URL) -> None:
-    async with opened(migrated_url, db_pool_max_size=1, pool_timeout=0.1) as database:
+async def test_an_exhausted_pool_gives_a_time_out(shared_url: URL) -> None:
+    async with opened(shared_url, db_pool_max_size=1, pool_timeout=0.1) as database:
         async with database.begin():
             with pytest.raises(StoreTimeoutError, match="DB_POOL_MAX_SIZE"):
                 await database.ping()
@@ -709,8 +705,8 @@ async def test_an_exhausted_pool_gives_a_time_out(migrated_url: URL) -> None:
         await database.ping()
 
 
-async def test_the_pool_does_not_outgrow_its_size(migrated_url: URL) -> None:
-    async with opened(migrated_url, db_pool_min_size=0, db_pool_max_size=3) as database:
+async def test_the_pool_does_not_outgrow_its_size(shared_url: URL) -> None:
+    async with opened(shared_url, db_pool_min_size=0, db_pool_max_size=3) as database:
 
         async def hold() -> int:
             async with database.begin() as session:
@@ -731,8 +727,8 @@ async def test_closing_ends_every_connection(migrated_url: URL, server_url: URL)
 # -- time-outs ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_slow_statement_times_out_and_the_connection_goes_on(migrated_url: URL) -> None:
-    async with opened(migrated_url, db_command_timeout=0.2, db_pool_max_size=1) as database:
+async def test_a_slow_statement_times_out_and_the_connection_goes_on(shared_url: URL) -> None:
+    async with opened(shared_url, db_command_timeout=0.2, db_pool_max_size=1) as database:
         with pytest.raises(StoreTimeoutError, match="DB_COMMAND_TIMEOUT"):
             await run(database, "SELECT pg_sleep(30)")
         # The only connection of the pool.
@@ -741,15 +737,15 @@ async def test_a_slow_statement_times_out_and_the_connection_goes_on(migrated_ur
             assert await connection.scalar(text(f"{running} AND pid <> pg_backend_pid()")) == 0
 
 
-async def test_a_time_out_of_the_server_is_told(migrated_url: URL) -> None:
-    url = migrated_url.update_query_dict({"options": "-cstatement_timeout=100"})
+async def test_a_time_out_of_the_server_is_told(shared_url: URL) -> None:
+    url = shared_url.update_query_dict({"options": "-cstatement_timeout=100"})
     async with opened(url) as database:
         with pytest.raises(StoreTimeoutError, match="57014"):
             await run(database, "SELECT pg_sleep(30)")
 
 
-async def test_a_patient_database_has_no_time_out(migrated_url: URL) -> None:
-    async with opened(migrated_url, db_command_timeout=0.1) as database, database.patient() as patient:
+async def test_a_patient_database_has_no_time_out(shared_url: URL) -> None:
+    async with opened(shared_url, db_command_timeout=0.1) as database, database.patient() as patient:
         await run(patient, "SELECT pg_sleep(0.3)")
 
 
@@ -784,9 +780,9 @@ async def test_a_patient_database_has_no_time_out(migrated_url: URL) -> None:
     ],
 )
 async def test_errors_are_told_by_sqlstate(
-    migrated_url: URL, statement: str, kind: type[StoreError], message: str
+    shared_url: URL, statement: str, kind: type[StoreError], message: str
 ) -> None:
-    async with opened(migrated_url) as database:
+    async with opened(shared_url) as database:
         with pytest.raises(kind, match=message) as caught:
             await run(database, *(statement.split("; ") if statement.startswith("SET") else [statement]))
         assert isinstance(caught.value.__cause__, DBAPIError)
@@ -932,9 +928,9 @@ async def test_each_statement_of_connect_stands_for_itself(database: Database) -
     assert await count_sessions(database) == 1
 
 
-async def test_transactions_read_what_was_committed_meanwhile(migrated_url: URL) -> None:
+async def test_transactions_read_what_was_committed_meanwhile(shared_url: URL) -> None:
     """Whatever the server's default: the status of a source is recomputed so."""
-    url = migrated_url.update_query_dict({"options": "-cdefault_transaction_isolation=serializable"})
+    url = shared_url.update_query_dict({"options": "-cdefault_transaction_isolation=serializable"})
     async with opened(url) as database, database.begin() as session:
         assert await session.scalar(text("SHOW transaction_isolation")) == "read committed"
 

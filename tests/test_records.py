@@ -201,6 +201,20 @@ def test_what_fits_no_message_is_kept_as_text() -> None:
         assert json.loads(kept) == data
 
 
+def test_names_that_are_taken_are_not_overwritten() -> None:
+    message = Message.from_stored(
+        {"x": 1, "stored.x": 2, "role": 3, "metadata": {"x": 4, "role": 5, "stored.stored.x": 6}}
+    )
+    assert message.metadata == {
+        "x": 4,
+        "stored.x": 1,
+        "stored.stored.x": 6,
+        "stored.stored.stored.x": 2,
+        "role": 5,
+        "stored.role": 3,
+    }
+
+
 # Filters
 
 

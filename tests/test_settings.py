@@ -1,5 +1,6 @@
 """Settings: what the environment may say, and that secrets stay secret."""
 
+import os
 import subprocess
 import sys
 import traceback
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import kotonoha_store
 from kotonoha_store import ConfigurationError, Settings
 
 # (variable, default, a value as the environment gives it, what it means, values out of range)
@@ -158,7 +160,10 @@ def test_the_env_file_is_on_by_default(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("KB_DEFAULT_TOP_K=7\n", encoding="utf-8")
     # In a process of its own: conftest switches it off in this one.
     code = "from kotonoha_store import Settings; print(Settings().kb_default_top_k)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(kotonoha_store.__file__).parents[1])}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == "7"
 
 
