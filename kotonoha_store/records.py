@@ -137,10 +137,17 @@ def _storable_json(value: object) -> object:
     return value
 
 
+def _no_number(value: object) -> object:
+    if isinstance(value, int | float):  # pydantic would take it for seconds since 1970
+        raise ValueError("expected a datetime with its zone, or ISO 8601 text")
+    return value
+
+
 StoredText = Annotated[str, Field(strict=True), AfterValidator(_storable)]
 BigInt = Annotated[int, Field(strict=True, ge=-BIGINT_MAX - 1, le=BIGINT_MAX)]
 JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_storable_json)]
 Instant = Annotated[AwareDatetime, AfterValidator(in_utc)]
+FilterTime = Annotated[Instant, BeforeValidator(_no_number)]
 
 
 class _Input(BaseModel):
@@ -262,8 +269,8 @@ class SearchFilters(_Input):
     user_id: BigInt | None = None
     source_ids: tuple[BigInt, ...] | None = None
     source_types: tuple[SourceType, ...] | None = None
-    since: Annotated[Instant, Field(strict=True)] | None = None
-    until: Annotated[Instant, Field(strict=True)] | None = None
+    since: FilterTime | None = None
+    until: FilterTime | None = None
     metadata: JsonObject | None = None
 
     @model_validator(mode="after")

@@ -702,6 +702,37 @@ async def test_two_that_finish_a_source_together_leave_it_completed(
     assert (await source(database, source_id)).status == status
 
 
+@pytest.mark.parametrize("locked", [True, False])
+@pytest.mark.parametrize("write", [WRITES["complete"], WRITES["bury"]], ids=["complete", "bury"])
+async def test_a_source_deleted_in_the_middle_of_a_write_waits_for_it(
+    database: Database, queue: EmbeddingQueue, monkeypatch: pytest.MonkeyPatch, write: Write, locked: bool
+) -> None:
+    """Without the lock, the control, this is a deadlock: the one has the source, the other the chunk."""
+    source_id, ids = await add(database, "a")
+    lease = await queue.claim()
+    recompute = embedding_queue.recompute_status
+    deleting: list[asyncio.Task[None]] = []
+
+    async def no_lock(*_: object) -> None:
+        pass
+
+    async def meanwhile(session: AsyncSession, source_ids: Sequence[int]) -> None:
+        deleting.append(asyncio.create_task(delete_source(database, source_id)))
+        await asyncio.sleep(0.3)
+        await recompute(session, source_ids)
+
+    monkeypatch.setattr(embedding_queue, "recompute_status", meanwhile)
+    if not locked:
+        monkeypatch.setattr(embedding_queue, "lock_sources", no_lock)
+    results = [*await asyncio.gather(write(queue, lease, ids), return_exceptions=True)]
+    results += await asyncio.gather(*deleting, return_exceptions=True)
+    if not locked:
+        assert [type(result) for result in results if result is not None] == [StoreUnavailableError]
+        return
+    assert results == [None, None]
+    assert await everything(database) == [[], [], [], []]
+
+
 async def test_deleting_sources_while_their_chunks_are_written_does_not_deadlock(
     database: Database, queue: EmbeddingQueue
 ) -> None:

@@ -260,6 +260,12 @@ def test_filters_are_read() -> None:
     assert filters.metadata == {"a": [1, "1", None]}
 
 
+@pytest.mark.parametrize("value", [5, 1.7e9, True, "2024-01-01T09:00:00", datetime(2024, 1, 1)])  # noqa: DTZ001
+def test_a_time_is_no_number_and_has_its_zone(value: object) -> None:
+    with pytest.raises(InvalidInputError, match="since"):
+        SearchFilters(since=value)
+
+
 def test_a_time_range_has_a_beginning_and_an_end() -> None:
     now = datetime.now(UTC)
     SearchFilters(since=now, until=now + timedelta(microseconds=1))
