@@ -8,6 +8,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, ParamSpec, Self, TypeVar
+from urllib.parse import unquote
 
 import asyncpg
 import stamina
@@ -87,7 +88,7 @@ def database_url(settings: Settings) -> URL | None:
     if settings.database_url is None:
         return None
     try:
-        url = make_url(settings.database_url.get_secret_value())
+        url = _parse_url(settings.database_url.get_secret_value())
     except (ArgumentError, ValueError):
         raise ConfigurationError(
             "DATABASE_URL cannot be read; write postgresql://user:password@host:port/database "
@@ -98,6 +99,14 @@ def database_url(settings: Settings) -> URL | None:
             f"DATABASE_URL names the database system {url.get_backend_name()!r}; this library needs postgresql://"
         )
     return url.set(drivername="postgresql")
+
+
+def _parse_url(value: str) -> URL:
+    url = make_url(value)
+    # SQLAlchemy 2.0 leaves the database's name percent-encoded, 2.1 decodes it.
+    if url.database is not None and make_url("postgresql:///%41").database == "%41":
+        return url.set(database=unquote(url.database))
+    return url
 
 
 def connect_arguments(url: URL, settings: Settings, *, command_timeout: float | None = None) -> dict[str, Any]:
@@ -124,14 +133,15 @@ def connect_arguments(url: URL, settings: Settings, *, command_timeout: float | 
         timeout = seconds if seconds > 0 else None
     for name in _IGNORED_PARAMETERS:
         query.pop(name, None)
-    bare = url.set(drivername="postgresql", query=query)._replace(password=None)
+    bare = url.set(drivername="postgresql", query=query)._replace(username=None, password=None, database=None)
     arguments: dict[str, Any] = {
         "dsn": bare.render_as_string(hide_password=True),
         "timeout": timeout,
         "command_timeout": command_timeout,
     }
-    if url.password is not None:
-        arguments["password"] = str(url.password)
+    # Apart, so that nothing in them needs quoting.
+    given = {"user": url.username, "password": url.password, "database": url.database}
+    arguments.update({name: str(value) for name, value in given.items() if value is not None})
     if "application_name" not in query:
         arguments["server_settings"] = {"application_name": "kotonoha_store"}
     return arguments
@@ -204,7 +214,7 @@ class Database:
         server = await asyncio.to_thread(
             embedded.start, settings.kb_embedded_dir, version=settings.kb_embedded_version, databases=(name,)
         )
-        return cls(make_url(server.url(name)), settings, server=server, patient=patient)
+        return cls(_parse_url(server.url(name)), settings, server=server, patient=patient)
 
     def patient(self) -> "Database":
         """The same database without the time-out for statements, for migrations; close it after use."""

@@ -61,7 +61,7 @@ class SearchRepository:
             ModelMismatchError: there are vectors in this scope, but none of ``model``.
         """
         filters = filters or SearchFilters()
-        _check(top_k, threshold, filters, everywhere)
+        check_search(top_k, threshold, filters, everywhere)
         conditions = _conditions(filters)
         own = [*conditions, KnowledgeChunk.embedding.is_not(None), KnowledgeChunk.embedding_model == model]
         parameters = {"query": pack_vector(query), "top_k": top_k}
@@ -107,7 +107,12 @@ class SearchRepository:
             )
 
 
-def _check(top_k: int, threshold: float | None, filters: SearchFilters, everywhere: bool) -> None:
+def check_search(top_k: int, threshold: float | None, filters: SearchFilters, everywhere: bool) -> None:
+    """Refuse what no search can be made of.
+
+    Raises:
+        InvalidInputError: no scope was named, or top_k or threshold is out of range.
+    """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= TOP_K_MAX:
         raise InvalidInputError(f"top_k must be a whole number from 1 to {TOP_K_MAX}, got {top_k!r}")
     if threshold is not None and not _is_similarity(threshold):

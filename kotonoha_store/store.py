@@ -29,7 +29,7 @@ from kotonoha_store.records import (
     SourceType,
     check_text,
 )
-from kotonoha_store.retrieval import SearchRepository
+from kotonoha_store.retrieval import SearchRepository, check_search
 from kotonoha_store.sessions import SessionRepository
 from kotonoha_store.settings import Settings
 from kotonoha_store.worker import EmbeddingWorker
@@ -231,6 +231,10 @@ class Store:
             ModelMismatchError: there are vectors in this scope, but none of the query's model.
             EmbeddingError: the query could not be embedded.
         """
+        top_k = self.settings.kb_default_top_k if top_k is None else top_k
+        threshold = self.settings.kb_similarity_threshold if isinstance(threshold, _Default) else threshold
+        # Before the embedder is paid for an answer that nobody will use.
+        check_search(top_k, threshold, filters or SearchFilters(), everywhere)
         if isinstance(query, str):
             if not check_text(query, "query").strip():
                 raise InvalidInputError("the query is blank; there is nothing to search for")
@@ -243,8 +247,8 @@ class Store:
             return await tx.search.nearest(
                 vector,
                 model=model,
-                top_k=self.settings.kb_default_top_k if top_k is None else top_k,
-                threshold=self.settings.kb_similarity_threshold if isinstance(threshold, _Default) else threshold,
+                top_k=top_k,
+                threshold=threshold,
                 filters=filters,
                 everywhere=everywhere,
             )

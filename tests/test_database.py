@@ -320,7 +320,7 @@ async def test_bad_json_is_refused_before_the_server_sees_it(session: AsyncSessi
     with pytest.raises(InvalidInputError, match=message):
         dump_json(value)
     with pytest.raises(InvalidInputError, match=message):
-        await session.execute(insert(KnowledgeSource).values(type="web_page", title="t", metadata=value))
+        await session.execute(insert(KnowledgeSource).values(type="web_page", title="t", source_metadata=value))
     assert await session.scalar(text("SELECT 1")) == 1
 
 
@@ -451,6 +451,13 @@ async def test_postgres_host_wins_over_database_url(shared_url: URL) -> None:
     )
     async with await Database.open(settings) as database, database.connect() as connection:
         assert await connection.scalar(text("SELECT current_database()")) == shared_url.database
+
+
+def test_names_in_a_url_are_decoded_once() -> None:
+    url = url_of("postgresql://o%40u@h/d%20%2541?host=%2Frun")
+    assert url is not None
+    arguments = connect_arguments(url, settings_for(url))
+    assert (arguments["user"], arguments["database"]) == ("o@u", "d %41")
 
 
 def test_a_host_is_kept_apart_from_a_socket() -> None:

@@ -702,8 +702,9 @@ async def test_two_that_finish_a_source_together_leave_it_completed(
     assert (await source(database, source_id)).status == status
 
 
-@pytest.mark.parametrize("locked", [True, False])
-@pytest.mark.parametrize("write", [WRITES["complete"], WRITES["bury"]], ids=["complete", "bury"])
+@pytest.mark.parametrize(
+    ("write", "locked"), [(WRITES["complete"], True), (WRITES["complete"], False), (WRITES["bury"], True)]
+)
 async def test_a_source_deleted_in_the_middle_of_a_write_waits_for_it(
     database: Database, queue: EmbeddingQueue, monkeypatch: pytest.MonkeyPatch, write: Write, locked: bool
 ) -> None:

@@ -625,6 +625,17 @@ async def test_no_connection_is_held_while_the_query_is_embedded(settings: Setti
     assert held == [0]
 
 
+async def test_a_refused_search_costs_no_call_of_the_embedder(settings: Settings) -> None:
+    class Costly(HashingEmbedder):
+        async def embed_query(self, text: str) -> Vectors:
+            raise AssertionError("called")
+
+    async with Store.open(settings, embedder=Costly()) as store:
+        for options in ({}, {"everywhere": True, "top_k": 0}, {"everywhere": True, "threshold": 2.0}):
+            with pytest.raises(InvalidInputError):
+                await store.search("anything", **options)
+
+
 async def test_a_store_searches_by_vector_with_the_model_named(store: Store) -> None:
     vector = vectors(1)[0]
     async with store.begin() as tx:
