@@ -11,19 +11,21 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import asyncpg
 import psutil
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from kotonoha_store import embedded
+from kotonoha_store import Database, HashingEmbedder, Message, Settings, Store, embedded
 from kotonoha_store.embedded import EmbeddedServer, default_data_dir, start
 from kotonoha_store.errors import ConfigurationError
 
@@ -498,3 +500,36 @@ def test_scram_password(data_dir: Path) -> None:
     server.stop()
     again = start(data_dir)  # postgres itself needs no password
     again.stop()
+
+
+def test_odd_passwords_reach_the_server_by_either_way_of_settings(data_dir: Path) -> None:
+    """Password, role and directory with odd characters; migrated and used as that role."""
+    server = start(data_dir, databases=("kotonoha",))
+    role = "böt %41@:/"
+
+    def settings(password: str, *, by_url: bool) -> Settings:
+        if not by_url:
+            return Settings(
+                postgres_host=server.host, postgres_port=5432, postgres_user=role, postgres_password=password
+            )
+        url = URL.create("postgresql", role, password, database="kotonoha", query={"host": server.host})
+        return Settings(database_url=url.render_as_string(hide_password=False))
+
+    async def check() -> None:
+        await scram_role(server, role, ODD_PASSWORD)
+        await query(server, "CREATE EXTENSION vector")
+        await query(server, f'GRANT CREATE ON SCHEMA public TO "{role}"')
+        for by_url in (True, False):
+            async with Store.open(settings(ODD_PASSWORD, by_url=by_url), embedder=HashingEmbedder()) as store:
+                await store.migrate()
+                async with store.begin() as tx:
+                    await tx.sessions.append("key", Message.user("hello"))
+            async with await Database.open(settings(ODD_PASSWORD + "x", by_url=by_url)) as database:
+                with pytest.raises(ConfigurationError, match="refused this user or password") as caught:
+                    await database.ping()
+            said = "".join(traceback.format_exception(caught.value))
+            assert ODD_PASSWORD not in said
+            assert quote_plus(ODD_PASSWORD) not in said
+
+    asyncio.run(check())
+    server.stop()

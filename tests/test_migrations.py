@@ -19,7 +19,7 @@ import asyncpg
 import numpy as np
 import pytest
 from conftest import run_sql, settings_for
-from sqlalchemy import URL, event, make_url, text
+from sqlalchemy import URL, Connection, event, make_url, text
 from test_schema import describe, dump, find_program, libpq_url
 
 from kotonoha_store import (
@@ -487,6 +487,17 @@ def test_two_upgrades_in_two_threads_both_succeed(empty_url: URL) -> None:
     assert asyncio.run(fetch_value(empty_url, "SELECT version_num FROM alembic_version")) == HEAD
 
 
+async def test_connections_made_before_see_the_new_tables(empty_url: URL) -> None:
+    """Statements that a connection has prepared are of the old ones."""
+    async with opened(empty_url) as database:
+        await migrations.upgrade(database, "0001")
+        for column in (False, True):
+            async with database.connect() as connection:
+                result = await connection.execute(text("SELECT * FROM sessions"))
+                assert ("rewrite_version" in result.keys()) == column  # noqa: SIM118
+            await migrations.upgrade(database)
+
+
 async def test_one_connection_in_the_pool_is_enough(empty_url: URL) -> None:
     await upgrade(empty_url, db_pool_max_size=1)
     async with opened(empty_url, db_pool_max_size=1) as database:
@@ -623,6 +634,18 @@ async def test_versions_of_the_extension_are_numbers(empty_url: URL, version: st
         await upgrade(empty_url)
         return
     with pytest.raises(ExtensionMissingError, match="ALTER EXTENSION vector UPDATE"):
+        await upgrade(empty_url)
+
+
+async def test_an_old_version_that_the_server_offers_is_refused(
+    empty_url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_old(connection: Connection) -> None:
+        connection.execute(text("CREATE EXTENSION vector"))
+        connection.execute(text("UPDATE pg_extension SET extversion = '0.7.4' WHERE extname = 'vector'"))
+
+    monkeypatch.setattr(migrations, "_create_vector", create_old)
+    with pytest.raises(ExtensionMissingError, match=r"0\.7\.4"):
         await upgrade(empty_url)
 
 

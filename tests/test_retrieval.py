@@ -124,6 +124,8 @@ async def test_opposite_vectors_have_similarity_minus_one(session: AsyncSession)
 async def test_equal_distances_are_ordered_by_id(session: AsyncSession, exact_limit: int) -> None:
     near, far = vectors(2)
     chunk_ids = await add(session, [far, near, near, far, near, far], guild_id=1)
+    # So that the order on disk is another.
+    await session.execute(text("UPDATE knowledge_chunks SET token_count = 1 WHERE id = :id"), {"id": chunk_ids[1]})
     expected = [chunk_ids[i] for i in (1, 2, 4, 0, 3, 5)]
     repository = SearchRepository(session, exact_limit=exact_limit)
     for top_k in range(1, 7):
@@ -446,6 +448,10 @@ async def test_what_is_deleted_or_not_embedded_is_never_found(session: AsyncSess
     await KnowledgeRepository(session).delete_source(source_id)
     assert set(await search(everywhere=True)) == set(chunk_ids[:3])
     assert set(await search(filters=SearchFilters(guild_id=1))) == set(chunk_ids[:3])
+    # To be embedded again, its model not yet forgotten.
+    await session.execute(text("UPDATE knowledge_chunks SET embedding = NULL WHERE id = :id"), {"id": chunk_ids[0]})
+    assert set(await search(everywhere=True)) == set(chunk_ids[1:3])
+    assert set(await search(filters=SearchFilters(guild_id=1))) == set(chunk_ids[1:3])
 
 
 # Through the index: 5,000 vectors in 50 clusters of 100, cluster c in guild c % 10 + 1
