@@ -206,7 +206,10 @@ def read(path: Path, limit: int | None) -> list[DataSet]:
     paths = sorted(path.glob("*.json")) if path.is_dir() else [path]
     shapes: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for file in paths:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{file} cannot be read: {error}") from None
         shape = next((name for name in ("sessions", "documents") if isinstance(content, dict) and name in content), "")
         shapes[shape].append(content)
         if not shape or "questions" not in content:

@@ -589,11 +589,11 @@ async def opened(url: URL, vectors: Vectors, peer_names: Sequence[str]) -> Async
         yield Bench(store, connection, engine, peers, vectors)
 
 
-def installed(names: Sequence[str]) -> list[str]:
+def installed(names: Sequence[str], scratch: str) -> list[str]:
     """Those of the peers that can be imported; the others are named and left out."""
     # mem0 reports home and makes a directory in the user's home when it is imported.
     os.environ.setdefault("MEM0_TELEMETRY", "False")
-    os.environ.setdefault("MEM0_DIR", tempfile.mkdtemp(prefix="ktb"))
+    os.environ.setdefault("MEM0_DIR", scratch)
     found = []
     for name in names:
         try:
@@ -741,8 +741,8 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     """Measure on a server of our own."""
     options = _options()
-    options.peers = installed(options.peers)
-    with embedded_server(options=SERVER_OPTIONS) as url:
+    with tempfile.TemporaryDirectory() as scratch, embedded_server(options=SERVER_OPTIONS) as url:
+        options.peers = installed(options.peers, scratch)
         figures = asyncio.run(measure_all(url, options))
     if options.json:
         print_json(figures)

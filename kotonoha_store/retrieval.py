@@ -176,12 +176,15 @@ def _exact(conditions: list[ColumnElement[bool]]) -> AnySelect:
 
 
 def _through_index(conditions: list[ColumnElement[bool]]) -> AnySelect:
-    """ORDER BY the bare distance, ascending: anything else loses the index."""
+    """ORDER BY the bare distance, ascending: anything else loses the index, on PostgreSQL 16 even an id after it.
+
+    So equal distances are ordered by id among the rows returned; which of them are is up to the index.
+    """
     distance = KnowledgeChunk.embedding.cosine_distance(_QUERY)
     nearest = (
         select(KnowledgeChunk.id, distance.label("distance"))
         .where(*conditions)
-        .order_by(distance, KnowledgeChunk.id)
+        .order_by(distance)
         .limit(_TOP_K)
         .cte("nearest")
         .prefix_with("MATERIALIZED", dialect="postgresql")

@@ -195,7 +195,6 @@ async def test_source_status(planner: Planner) -> None:
 async def test_search_through_the_index(planner: Planner) -> None:
     plan = await planner.search(retrieval._through_index)
     assert "Index Scan using idx_chunks_embedding" in plan
-    assert "Presorted Key" in plan
     assert "Seq Scan on knowledge_chunks" not in plan
 
 
