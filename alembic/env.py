@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from logging.config import fileConfig
 
 from alembic import context
 from alembic.util import CommandError
@@ -24,6 +25,8 @@ TARGETS = {"alembic": Target(Base.metadata)}
 
 config = context.config
 target = TARGETS[config.config_ini_section]
+if config.config_file_name is not None:  # the alembic command; a library configures no logging
+    fileConfig(config.config_file_name, disable_existing_loggers=False)
 # What revisions read: KB_HNSW_M, KB_HNSW_EF_CONSTRUCTION, KB_EMBEDDING_MODEL.
 if "settings" not in config.attributes:
     try:

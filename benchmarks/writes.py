@@ -555,6 +555,11 @@ class Bench:
         if index:
             for name in both:
                 await self.connection.execute(f"INSERT INTO {name} SELECT * FROM base_{name}")
+            if table == "knowledge_chunks":
+                # The same ids in every run, and so the same vectors.
+                await self.connection.execute(
+                    "SELECT setval(pg_get_serial_sequence('knowledge_chunks', 'id'), max(id)) FROM knowledge_chunks"
+                )
             await self.connection.execute(f"CREATE INDEX bench_hnsw ON {table} {index}")
 
     async def settle(self) -> None:
@@ -618,11 +623,11 @@ async def measure_plain(url: URL, vectors: Vectors, options: argparse.Namespace)
         return figures
 
 
-async def measure_with_hnsw(url: URL, vectors: Vectors, options: argparse.Namespace) -> dict[str, Any]:
+async def measure_with_hnsw(url: URL, vectors: Vectors, base: Vectors, options: argparse.Namespace) -> dict[str, Any]:
     """The same with an HNSW index of the same options on every table, over rows that are there already."""
     rows = options.hnsw_rows
     async with opened(url, vectors, options.peers) as bench:
-        await _load_bases(bench, options.hnsw_base)
+        await _load_bases(bench, base)
         ingest = await measure_ingest(bench, rows, options.peer_repeats, peers=True)
         embedding = await measure_embedding(bench, rows, options.peer_repeats)
         figures = _embedding_figures(embedding, rows) | _ingest_figures(ingest, rows)
@@ -631,11 +636,12 @@ async def measure_with_hnsw(url: URL, vectors: Vectors, options: argparse.Namesp
         return figures
 
 
-async def _load_bases(bench: Bench, rows: int) -> None:
-    notes.print(f"loading {rows} rows everywhere")
+async def _load_bases(bench: Bench, vectors: Vectors) -> None:
+    """``vectors``: none of those that are added later; the graph takes a copy of what it has for nothing."""
+    notes.print(f"loading {len(vectors)} rows everywhere")
     await bench.connection.execute("DROP INDEX IF EXISTS idx_chunks_embedding")
     await bench.reset("knowledge_chunks")
-    chunks = make_chunks(rows, bench.vectors)
+    chunks = make_chunks(len(vectors), vectors)
     await ingest_by_us(bench.store, chunks)
     await bench.keep_as_base("knowledge_chunks", "embedding", "halfvec_cosine_ops")
     for peer in bench.peers.values():
@@ -696,12 +702,13 @@ def print_figures(title: str, figures: dict[str, Any]) -> None:
 
 async def measure_all(url: URL, options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, one durability after the other."""
-    vectors = clustered_vectors(options.rows)
+    # From the same clusters, but no vector is in both.
+    base, vectors = np.split(clustered_vectors(options.hnsw_base + options.rows), [options.hnsw_base])
     await run_sql(url, "ALTER DATABASE bench SET synchronous_commit = off")
     figures = await measure_plain(url, vectors, options)
     print_figures(f"no HNSW index, synchronous_commit off, {options.rows} rows", figures)
     if options.hnsw_rows:
-        figures["with_hnsw"] = await measure_with_hnsw(url, vectors, options)
+        figures["with_hnsw"] = await measure_with_hnsw(url, vectors, base, options)
         title = f"HNSW index over {options.hnsw_base} rows, {options.hnsw_rows} more"
         print_figures(title, figures["with_hnsw"])
     if options.durable:
@@ -735,6 +742,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rows < BATCH or options.rows % BATCH or options.hnsw_rows % BATCH:
         parser.error(f"--rows and --hnsw-rows must be multiples of {BATCH}")
+    if max(options.hnsw_rows, options.peer_rows) > options.rows:
+        parser.error("--hnsw-rows and --peer-rows must not exceed --rows, or vectors would repeat")
     return options
 
 

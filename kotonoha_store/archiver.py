@@ -23,7 +23,7 @@ from kotonoha_store.errors import (
 )
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.models import Session
-from kotonoha_store.records import Message, NewChunk, Scope, SessionStatus, SourceType
+from kotonoha_store.records import Message, NewChunk, Scope, SessionStatus, SourceType, check_id
 from kotonoha_store.sessions import DueSession, SessionRepository
 
 TITLE_LENGTH: Final = 50
@@ -156,8 +156,8 @@ class SessionArchiver:
             InvalidInputError: ``idle_for`` is negative.
         """
         idle_for = self._idle_for if idle_for is None else idle_for
-        if idle_for < timedelta(0):
-            raise InvalidInputError(f"idle_for must not be negative, got {idle_for}")
+        if not isinstance(idle_for, timedelta) or idle_for < timedelta(0):
+            raise InvalidInputError(f"idle_for must be a timedelta and not negative, got {idle_for!r}")
         limit = asyncio.Semaphore(self._concurrency)
         done: list[ArchivedSession | None] = []
         failed: list[tuple[int, Exception]] = []
@@ -193,6 +193,7 @@ class SessionArchiver:
             StaleSessionError: the session was rewritten each time it was tried.
             StoreUnavailableError: the database did not answer.
         """
+        check_id(session_id, "session_id")
         for _ in range(_CONFLICT_ATTEMPTS):
             async with self._database.begin() as session:
                 row = (await session.execute(_snapshot(session_id))).one_or_none()
@@ -359,12 +360,16 @@ def _channel_url(scope: Scope) -> str | None:
     return url if scope.thread_id is None else f"{url}/{scope.thread_id}"
 
 
-def _message_url(scope: Scope, message: Message) -> str | None:
-    """A link that Discord opens at the message: a thread stands in the place of its channel there."""
-    if scope.channel_id is None or not isinstance(message.message_id, int):
-        return _channel_url(scope)
-    place = scope.thread_id or scope.channel_id
-    return f"https://discord.com/channels/{scope.guild_id or '@me'}/{place}/{message.message_id}"
+def _message_url(scope: Scope, messages: Sequence[Message]) -> str | None:
+    """A link that Discord opens at the first message that has an id.
+
+    Unlike in the source's URI, a thread stands in the place of its channel there.
+    """
+    if scope.channel_id is None:
+        return None
+    place = f"https://discord.com/channels/{scope.guild_id or '@me'}/{scope.thread_id or scope.channel_id}"
+    ids = (message.message_id for message in messages if isinstance(message.message_id, int))
+    return next((f"{place}/{message_id}" for message_id in ids), place)
 
 
 def _metadata(snapshot: _Snapshot) -> dict[str, Any]:
@@ -396,7 +401,7 @@ def _chunk(
         occurred_from=min(said, default=None),
         occurred_to=max(said, default=None),
         location={
-            "url": _message_url(snapshot.scope, messages[piece.first]),
+            "url": _message_url(snapshot.scope, messages[piece.first : piece.last + 1]),
             "label": f"messages {first + 1} to {last + 1}",
             "session_key": snapshot.session_key,
             "chunk_index": index,

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import functools
 import json
+import logging
 import math
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, ParamSpec, Self, TypeVar
@@ -30,6 +32,9 @@ from kotonoha_store.errors import (
 )
 from kotonoha_store.records import check_json
 from kotonoha_store.settings import Settings
+
+# Its warnings would reach stderr by Python's handler of last resort, without saying what is retried.
+logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -195,7 +200,9 @@ class Database:
             pool_max_size=pool_max_size,
             pool_timeout=pool_timeout,
         )
-        self.session_factory = async_sessionmaker(self.engine, expire_on_commit=False)
+        # Closed for good: a statement after its block would begin a transaction that nobody commits.
+        self.session_factory = async_sessionmaker(self.engine, expire_on_commit=False, close_resets_only=False)
+        self._closed = False
 
     @classmethod
     async def open(cls, settings: Settings | None = None, *, patient: bool = False) -> Self:
@@ -228,6 +235,7 @@ class Database:
 
     async def close(self) -> None:
         """Close every connection; the embedded server stops when no other process uses it."""
+        self._closed = True
         await self.engine.dispose()
         if self._server is not None:
             server, self._server = self._server, None
@@ -258,7 +266,9 @@ class Database:
 
         Raises:
             StoreUnavailableError: no connection could be made or had.
+            StoreError: this database was closed.
         """
+        self._refuse_if_closed()
         async with self.session_factory() as session:
             with translated_errors():
                 await session.connection()
@@ -275,12 +285,17 @@ class Database:
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
         """A connection in AUTOCOMMIT: each statement stands for itself."""
+        self._refuse_if_closed()
         with translated_errors():
             connection = await self.engine.connect()
         try:
             yield await connection.execution_options(isolation_level="AUTOCOMMIT")
         finally:
             await connection.close()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise StoreError("this store was closed at the end of its `async with` block; open it again")
 
     async def ping(self) -> None:
         """Make one round trip.
@@ -338,6 +353,14 @@ async def driver_connection(session: AsyncSession) -> Any:
     return (await connection.get_raw_connection()).driver_connection
 
 
+async def ensure_halfvec(session: AsyncSession) -> None:
+    """See to it that the session's connection knows ``halfvec``, should its engine be the caller's own."""
+    connection = await session.connection()
+    info = connection.info
+    if "halfvec" not in info and await register_halfvec(await driver_connection(session)):
+        info["halfvec"] = True
+
+
 async def register_halfvec(connection: Any) -> bool:
     """Teach an asyncpg connection pgvector's binary ``halfvec``, whichever schema it lives in.
 
@@ -384,12 +407,17 @@ def translate_error(error: BaseException) -> StoreError | None:
         return _from_sqlstate(sqlstate, getattr(driver_error, "constraint_name", None))
     if isinstance(driver_error, TimeoutError):
         return StoreTimeoutError("the database did not answer within DB_COMMAND_TIMEOUT (or DB_CONNECT_TIMEOUT)")
+    if isinstance(driver_error, socket.gaierror):
+        return StoreUnavailableError(
+            "the host name of the database cannot be resolved; where DATABASE_URL has a password with odd characters "
+            "(@ / # %), percent-encode them"
+        )
     if isinstance(driver_error, OSError | asyncpg.InterfaceError | asyncpg.exceptions.InternalClientError) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     ):
         return StoreUnavailableError(
             f"the database cannot be reached or the connection broke ({type(driver_error).__name__}); "
-            "check that it runs and where DATABASE_URL or POSTGRES_HOST point, then try again"
+            "check that it runs, where DATABASE_URL or POSTGRES_HOST point, and whether it offers what sslmode asks for"
         )
     return None
 
@@ -409,7 +437,10 @@ _SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
     "42P01": (SchemaOutdatedError, "a table is missing; run `alembic upgrade head` or `await store.migrate()`"),
     "42703": (SchemaOutdatedError, "a column is missing; run `alembic upgrade head` or `await store.migrate()`"),
     "42704": (SchemaOutdatedError, "a type is missing; run `alembic upgrade head` or `await store.migrate()`"),
-    "42883": (SchemaOutdatedError, "an operator or function is missing; is pgvector in the search_path, and migrated?"),
+    "42883": (
+        SchemaOutdatedError,
+        "no such operator or function: is pgvector in the search_path, is each id a number?",
+    ),
     "57014": (StoreTimeoutError, "the statement was cancelled by a time-out; nothing was written"),
     "55P03": (StoreTimeoutError, "a lock could not be had in time; try again"),
     "40": (StoreUnavailableError, "a concurrent transaction forced a rollback; try again"),
@@ -418,7 +449,7 @@ _SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
     "57P": (StoreUnavailableError, "the server is shutting down or starting; try again"),
     "58": (StoreUnavailableError, "the server reports a system error; see its log"),
     "08": (StoreUnavailableError, "the connection broke; try again"),
-    "22": (InvalidInputError, "a value cannot be stored as it is; nothing was written"),
+    "22": (InvalidInputError, "a value does not have the form or range that its column needs; nothing was written"),
     "23": (InvalidInputError, "a value breaks a rule of the table; nothing was written"),
 }
 

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.columns import AnyRow, AnySelect, PackedVector, pack_vectors
-from kotonoha_store.database import driver_connection, dump_json, translated
+from kotonoha_store.database import driver_connection, dump_json, ensure_halfvec, translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError
 from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
 from kotonoha_store.records import (
@@ -22,6 +22,7 @@ from kotonoha_store.records import (
     SourceRecord,
     SourceStatus,
     SourceType,
+    check_id,
     check_json,
     check_text,
     in_utc,
@@ -176,6 +177,7 @@ class KnowledgeRepository:
         Raises:
             NotFoundError: no such source.
         """
+        check_id(source_id, "source_id")
         row = (await self._session.execute(select(*_SOURCE).where(KnowledgeSource.id == source_id))).one_or_none()
         if row is None:
             raise NotFoundError(f"there is no source {source_id}")
@@ -188,6 +190,7 @@ class KnowledgeRepository:
         Raises:
             NotFoundError: no such source.
         """
+        check_id(source_id, "source_id")
         statement = delete(KnowledgeSource).where(KnowledgeSource.id == source_id).returning(KnowledgeSource.id)
         if (await self._session.execute(statement)).one_or_none() is None:
             raise NotFoundError(f"there is no source {source_id}")
@@ -227,7 +230,7 @@ class KnowledgeRepository:
         return [_record(row) for row in await self._session.execute(statement)]
 
     async def _locked_scope(self, source_id: int) -> Scope:
-        await lock_sources(self._session, [source_id])
+        await lock_sources(self._session, [check_id(source_id, "source_id")])
         columns = [getattr(KnowledgeSource, name) for name in _SCOPE_NAMES]
         row = (await self._session.execute(select(*columns).where(KnowledgeSource.id == source_id))).one_or_none()
         if row is None:
@@ -240,6 +243,7 @@ class KnowledgeRepository:
         owner = (source_id, *(getattr(scope, name) for name in _SCOPE_NAMES))
         ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(rows)})]
         # The statement above has begun the transaction that COPY, being the driver's own, takes part in.
+        await ensure_halfvec(self._session)
         driver = await driver_connection(self._session)
         for start in range(0, len(rows), self._insert_batch_size):
             batch = rows[start : start + self._insert_batch_size]
@@ -290,6 +294,10 @@ def _source_values(
 ) -> dict[str, Any]:
     if not check_text(title, "title").strip():
         raise InvalidInputError("title must not be blank")
+    if not isinstance(metadata, Mapping):
+        raise InvalidInputError(f"metadata must be a mapping, not {metadata.__class__.__name__}")
+    if type not in set(SourceType):
+        raise InvalidInputError(f"there is no source type {type!r}; take one of {', '.join(SourceType)}")
     check_json(dict(metadata), "metadata")
     return {
         "type": SourceType(type),

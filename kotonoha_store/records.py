@@ -61,12 +61,25 @@ BIGINT_MAX = 2**63 - 1
 JSON_MAX_DEPTH = 200  # pydantic refuses more than 255, Python's json a little more
 
 
+def check_id(value: int, what: str = "id") -> int:
+    """Return ``value`` if it is a 64-bit integer.
+
+    Raises:
+        InvalidInputError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not -BIGINT_MAX - 1 <= value <= BIGINT_MAX:
+        raise InvalidInputError(f"{what} must be a 64-bit integer, not {value!r}")
+    return value
+
+
 def check_text(value: str, what: str = "text") -> str:
     """Return ``value`` if PostgreSQL can store it as UTF-8 text.
 
     Raises:
-        InvalidInputError: it holds NUL or a lone surrogate.
+        InvalidInputError: it is no text, or holds NUL or a lone surrogate.
     """
+    if not isinstance(value, str):
+        raise InvalidInputError(f"{what} must be text, not {type(value).__name__}")
     if "\x00" in value:
         raise InvalidInputError(
             f"{what} holds a NUL character at position {value.index(chr(0))}, which PostgreSQL cannot store; remove it"
@@ -111,7 +124,7 @@ def check_json(value: object, what: str = "JSON value") -> None:
         elif isinstance(item, (list, tuple)):
             stack.extend((inner, f"{path}[{index}]", depth + 1) for index, inner in enumerate(item))
         else:
-            raise InvalidInputError(f"{path} is a {type(item).__name__}, which JSON cannot hold")
+            raise InvalidInputError(f"{path} is of type {type(item).__name__}, which JSON cannot hold")
 
 
 def in_utc(value: datetime) -> datetime:
@@ -303,10 +316,8 @@ class Scope:
     def __post_init__(self) -> None:
         for name in ("guild_id", "channel_id", "thread_id", "user_id"):
             value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or not -BIGINT_MAX - 1 <= value <= BIGINT_MAX
-            ):
-                raise InvalidInputError(f"{name} must be a 64-bit integer, not {value!r}")
+            if value is not None:
+                check_id(value, name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from sqlalchemy import ARRAY, BigInteger, ColumnElement, Integer, bindparam, fun
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.columns import AnyRow, AnySelect, HalfVector, VectorLike, pack_vector
-from kotonoha_store.database import translated
+from kotonoha_store.database import ensure_halfvec, translated
 from kotonoha_store.errors import InvalidInputError, ModelMismatchError
 from kotonoha_store.models import KnowledgeChunk, KnowledgeSource
 from kotonoha_store.records import SearchFilters, SearchHit, SearchResult
@@ -60,11 +60,12 @@ class SearchRepository:
             InvalidVectorError: the query cannot be compared: dimension, NaN, zero.
             ModelMismatchError: there are vectors in this scope, but none of ``model``.
         """
-        filters = filters or SearchFilters()
+        filters = SearchFilters() if filters is None else filters
         check_search(top_k, threshold, filters, everywhere)
         conditions = _conditions(filters)
         own = [*conditions, KnowledgeChunk.embedding.is_not(None), KnowledgeChunk.embedding_model == model]
         parameters = {"query": pack_vector(query), "top_k": top_k}
+        await ensure_halfvec(self._session)
 
         plan: Plan = "index" if filters.is_empty else await self._plan(own)
         rows = await self._run(plan, own, parameters)
@@ -113,6 +114,8 @@ def check_search(top_k: int, threshold: float | None, filters: SearchFilters, ev
     Raises:
         InvalidInputError: no scope was named, or top_k or threshold is out of range.
     """
+    if not isinstance(filters, SearchFilters):
+        raise InvalidInputError(f"filters must be SearchFilters(...), not {type(filters).__name__}")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= TOP_K_MAX:
         raise InvalidInputError(f"top_k must be a whole number from 1 to {TOP_K_MAX}, got {top_k!r}")
     if threshold is not None and not _is_similarity(threshold):

@@ -20,6 +20,7 @@ from kotonoha_store.records import (
     SessionRecord,
     SessionStatus,
     SessionSummary,
+    check_id,
     check_text,
 )
 
@@ -82,7 +83,7 @@ class SessionRepository:
         Raises:
             InvalidInputError: no message, an unusable key, or a key that belongs to another scope.
         """
-        new = [messages] if isinstance(messages, Message) else list(messages)
+        new = _checked_messages(messages)
         if not new:
             raise InvalidInputError("append needs at least one message")
         scope = Scope(guild_id=guild_id, channel_id=channel_id, thread_id=thread_id, user_id=user_id)
@@ -111,7 +112,7 @@ class SessionRepository:
     @translated
     async def find(self, session_key: str, *, last: int | None = None) -> SessionRecord | None:
         """Return the session or None; as :meth:`load`."""
-        if last is not None and last < 0:
+        if last is not None and check_id(last, "last") < 0:
             raise InvalidInputError(f"last must not be negative, got {last}")
         row = (await self._session.execute(_load(Session.session_key == _checked_key(session_key), last))).one_or_none()
         return None if row is None else _record(row)
@@ -119,6 +120,7 @@ class SessionRepository:
     @translated
     async def get(self, session_id: int) -> SessionRecord | None:
         """Return the session with this id, or None."""
+        check_id(session_id, "session_id")
         row = (await self._session.execute(_load(Session.id == session_id, None))).one_or_none()
         return None if row is None else _record(row)
 
@@ -135,7 +137,7 @@ class SessionRepository:
         """
         if len(record.messages) != record.message_count:
             raise InvalidInputError("this record holds only the last messages; load the whole session to save it")
-        stored = [message.to_stored() for message in messages]
+        stored = [message.to_stored() for message in _checked_messages(messages)]
         archived = func.least(Session.last_archived_message_index, len(stored))
         row = (
             await self._session.execute(
@@ -223,6 +225,13 @@ class SessionRepository:
             if value is not None:
                 statement = statement.where(column == value)
         return [_summary(row) for row in await self._session.execute(statement)]
+
+
+def _checked_messages(messages: Message | Sequence[Message]) -> list[Message]:
+    given: Any = [messages] if isinstance(messages, Message) else messages
+    if not isinstance(given, Sequence) or not all(isinstance(message, Message) for message in given):
+        raise InvalidInputError('messages must be Message values, such as Message.user("hello"), one or a sequence')
+    return list(given)
 
 
 def _checked_key(session_key: str) -> str:

@@ -84,6 +84,8 @@ class Store:
             ConfigurationError: the settings cannot be used, or the embedded server cannot be started.
         """
         settings = settings or Settings()
+        if embedder is not None and (isinstance(embedder, type) or not hasattr(embedder, "embed_documents")):
+            raise ConfigurationError("embedder must be an embedder, such as HashingEmbedder() or OpenAIEmbedder()")
         own = embedder_from_settings(settings) if embedder is None else None
         try:
             async with await Database.open(settings) as database:
@@ -121,7 +123,8 @@ class Store:
         if self._embedder is None:
             raise ConfigurationError(
                 "no embedder is configured: set OPENAI_API_KEY, or KB_EMBEDDER=local with KB_EMBEDDING_MODEL, "
-                "or KB_EMBEDDER=hashing (finds wording, not meaning), or pass embedder= to Store.open()"
+                "or KB_EMBEDDER=hashing (finds wording, not meaning), or pass embedder= to Store.open(); "
+                "a search by vector may name its model= instead"
             )
         return self._embedder
 
@@ -190,8 +193,8 @@ class Store:
             InvalidInputError: a blank title or text, or a value that PostgreSQL cannot store.
         """
         check_text(text, "text")
-        if occurred_at is not None and occurred_at.tzinfo is None:
-            raise InvalidInputError("occurred_at needs a time zone, such as tzinfo=datetime.UTC")
+        if occurred_at is not None and (not isinstance(occurred_at, datetime) or occurred_at.tzinfo is None):
+            raise InvalidInputError("occurred_at must be a datetime with its zone, such as tzinfo=datetime.UTC")
         scope = Scope(guild_id=guild_id, channel_id=channel_id, thread_id=thread_id, user_id=user_id)
         chunks = await asyncio.to_thread(self._document_chunks, text, uri, occurred_at)
         async with self.begin() as tx:
@@ -234,7 +237,7 @@ class Store:
         top_k = self.settings.kb_default_top_k if top_k is None else top_k
         threshold = self.settings.kb_similarity_threshold if isinstance(threshold, _Default) else threshold
         # Before the embedder is paid for an answer that nobody will use.
-        check_search(top_k, threshold, filters or SearchFilters(), everywhere)
+        check_search(top_k, threshold, SearchFilters() if filters is None else filters, everywhere)
         if isinstance(query, str):
             if not check_text(query, "query").strip():
                 raise InvalidInputError("the query is blank; there is nothing to search for")

@@ -12,7 +12,16 @@ import pytest
 from conftest import settings_for
 from sqlalchemy import URL, func, select
 
-from kotonoha_store import Database, KnowledgeChunk, KnowledgeSource, Session
+from kotonoha_store import (
+    Database,
+    HashingEmbedder,
+    KnowledgeChunk,
+    KnowledgeSource,
+    Message,
+    Session,
+    SessionStatus,
+    Store,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,8 +98,13 @@ def test_quickstart_takes_a_file_and_replaces_what_it_left(empty_url: URL, tmp_p
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "Expecting property name"), ("{}", "speakers"), ('{"speakers": 3}', "subscriptable")],
-    ids=["no JSON", "no speakers", "odd speakers"],
+    [
+        ("{", "Invalid JSON"),
+        ("{}", "conversation: Field required"),
+        ("[]", "valid dictionary"),
+        ("\\xff", "Invalid JSON"),
+    ],
+    ids=["cut off", "empty", "no object", "no JSON"],
 )
 def test_quickstart_says_in_a_line_what_is_wrong_with_a_file(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "broken.json"
@@ -113,7 +127,21 @@ def test_quickstart_leaves_other_peoples_chunks_alone(migrated_url: URL) -> None
     asyncio.run(add())
     done = run(migrated_url, "examples/quickstart.py")
     assert done.returncode == 1
-    assert "1 chunks of somebody else" in done.stderr
+    assert "chunks of somebody else" in done.stderr
+
+
+def test_quickstart_leaves_other_peoples_sessions_alone(migrated_url: URL) -> None:
+    async def messages(*new: Message) -> int:
+        async with Store.open(settings_for(migrated_url), embedder=HashingEmbedder()) as store, store.begin() as tx:
+            if new:
+                await tx.sessions.append("live:1", new, guild_id=1)
+            record = await tx.sessions.load("live:1")
+            assert record.status is SessionStatus.ACTIVE
+            return len(record.messages)
+
+    asyncio.run(messages(*[Message.user(f"This is message {number} of a live session.") for number in range(12)]))
+    assert run(migrated_url, "examples/quickstart.py").returncode == 0
+    assert asyncio.run(messages()) == 12
 
 
 def test_quickstart_on_an_unreachable_database_says_so_without_the_password() -> None:
@@ -152,6 +180,5 @@ def test_every_setting_is_in_the_example_file() -> None:
     from kotonoha_store import Settings
 
     example = (ROOT / ".env.example").read_text(encoding="utf-8")
-    unused = {"kb_embedding_max_concurrent", "kb_embedding_interval_minutes", "kb_archive_interval_hours"}
-    missing = [name for name in Settings.model_fields if name not in unused and f"{name.upper()}=" not in example]
+    missing = [name for name in Settings.model_fields if f"{name.upper()}=" not in example]
     assert missing == []
