@@ -80,9 +80,14 @@ class _Snapshot:
     archived: int
     rewrite_version: int
 
-    @property
-    def new(self) -> list[Message]:
-        return [Message.from_stored(item) for item in self.stored[self.archived :]]
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a snapshot becomes."""
+
+    chunks: Sequence[NewChunk]
+    title: str
+    metadata: dict[str, Any]
 
 
 class SessionArchiver:
@@ -202,12 +207,12 @@ class SessionArchiver:
             snapshot = _read(row)
             if row.status is SessionStatus.ARCHIVED:
                 return None
-            # Off the event loop: splitting a long text into tokens is work.
-            chunks = await asyncio.to_thread(self._chunks, snapshot)
+            # Off the event loop, and before the lock: reading and splitting long sessions is work.
+            prepared = await asyncio.to_thread(self._prepare, snapshot)
             async with self._database.begin() as session:
                 locked = (await session.execute(_lock(session_id))).one_or_none()
                 if locked is not None and locked.rewrite_version == snapshot.rewrite_version:
-                    return await self._write(session, snapshot, chunks, locked.length)
+                    return await self._write(session, snapshot, prepared, locked.length)
         raise StaleSessionError(
             f"session {session_id} was rewritten {_CONFLICT_ATTEMPTS} times while it was being archived; try later"
         )
@@ -229,15 +234,19 @@ class SessionArchiver:
                 failed.append((session_id, error))
                 return None
 
-    def _chunks(self, snapshot: _Snapshot) -> list[NewChunk]:
+    def _prepare(self, snapshot: _Snapshot) -> _Prepared:
+        new = [Message.from_stored(item) for item in snapshot.stored[snapshot.archived :]]
+        return _Prepared(chunks=self._chunks(snapshot, new), title=_title(new), metadata=_metadata(snapshot, new))
+
+    def _chunks(self, snapshot: _Snapshot, new: Sequence[Message]) -> list[NewChunk]:
         """The chunks of the new messages; none if they are not worth a source."""
-        new = snapshot.new
         length = sum(len(message.content.strip()) for message in new)
         if length < self._min_session_length or not any(message.role == "user" for message in new):
             return []
         context = min(snapshot.archived, self._chunk_overlap)
         start = snapshot.archived - context
-        messages = [Message.from_stored(item) for item in snapshot.stored[start : snapshot.archived]] + new
+        messages = [Message.from_stored(item) for item in snapshot.stored[start : snapshot.archived]]
+        messages += new
         pieces = chunk_messages(messages, context=context, **self._chunk_options)
         return [
             _chunk(snapshot, messages, start, piece, index=index, total=len(pieces))
@@ -245,12 +254,12 @@ class SessionArchiver:
         ]
 
     async def _write(
-        self, session: AsyncSession, snapshot: _Snapshot, chunks: Sequence[NewChunk], length: int
+        self, session: AsyncSession, snapshot: _Snapshot, prepared: _Prepared, length: int
     ) -> ArchivedSession:
         """Source, chunks and the pruned session: all or nothing. The row is locked."""
         upto = len(snapshot.stored)
         status = SessionStatus.ARCHIVED if length == upto else SessionStatus.ACTIVE
-        if not chunks:
+        if not prepared.chunks:
             # Too little to remember by itself; should the session go on, it is archived with the rest.
             await session.execute(_mark(snapshot.id, status))
             return ArchivedSession(snapshot.id, None, 0, 0)
@@ -258,17 +267,17 @@ class SessionArchiver:
         first = snapshot.offset + snapshot.archived
         source_id = await knowledge.add_source(
             SourceType.DISCORD_SESSION,
-            _title(snapshot.new),
+            prepared.title,
             uri=_channel_url(snapshot.scope),
             scope=snapshot.scope,
-            metadata=_metadata(snapshot),
+            metadata=prepared.metadata,
             origin=(snapshot.id, first),
             archived_messages=_raw(snapshot.id, snapshot.archived, upto),
         )
-        await knowledge.add_chunks(source_id, chunks)
+        await knowledge.add_chunks(source_id, prepared.chunks)
         keep = min(self._overlap_messages, upto)
         await session.execute(_prune(snapshot.id, removed=upto - keep, archived=keep, status=status))
-        return ArchivedSession(snapshot.id, source_id, upto - snapshot.archived, len(chunks))
+        return ArchivedSession(snapshot.id, source_id, upto - snapshot.archived, len(prepared.chunks))
 
 
 def _snapshot(session_id: int) -> AnySelect:
@@ -372,8 +381,7 @@ def _message_url(scope: Scope, messages: Sequence[Message]) -> str | None:
     return next((f"{place}/{message_id}" for message_id in ids), place)
 
 
-def _metadata(snapshot: _Snapshot) -> dict[str, Any]:
-    new = snapshot.new
+def _metadata(snapshot: _Snapshot, new: Sequence[Message]) -> dict[str, Any]:
     until = max((message.timestamp for message in new if message.timestamp is not None), default=None)
     return {
         "channel_id": snapshot.scope.channel_id,

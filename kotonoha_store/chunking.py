@@ -173,7 +173,7 @@ def _check_int(name: str, value: int, least: int) -> None:
 
 def _render(index: int, message: Message, max_tokens: int) -> _Line:
     # On one line: a name with a newline in it must not look like another message.
-    speaker = " ".join((message.author or "").split()) or message.role
+    speaker = " ".join((message.author or "").split()) or " ".join(message.role.split())
     label = _shortened(speaker, max(MIN_TOKENS // 2, max_tokens // 8)) + ": "
     return _Line(index, message.role, label, message.content, count_tokens(label + message.content))
 

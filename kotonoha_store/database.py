@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -329,7 +330,11 @@ def _create_engine(
     )
 
     @event.listens_for(engine.sync_engine, "checkout")
-    def _ready(dbapi_connection: Any, record: Any, _: Any) -> None:
+    def _ready(dbapi_connection: Any, record: Any, proxy: Any) -> None:
+        if record.info.setdefault("pid", os.getpid()) != os.getpid():
+            # A forked child must not use its parent's socket, nor close it.
+            record.dbapi_connection = proxy.dbapi_connection = None
+            raise DisconnectionError("this connection belongs to another process")
         # asyncpg hears of a closed socket by itself: this costs no round trip, as pre-ping would.
         if dbapi_connection.driver_connection.is_closed():
             raise DisconnectionError("the server closed this connection")
@@ -339,7 +344,7 @@ def _create_engine(
 
     @event.listens_for(engine.sync_engine, "invalidate")
     def _forget(_: Any, record: Any, __: Any) -> None:
-        record.info.pop("halfvec", None)
+        record.info.clear()
 
     return engine
 
@@ -429,6 +434,8 @@ _CONSTRAINTS: Final[dict[str, tuple[type[StoreError], str]]] = {
 }
 
 _SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
+    "0A000": (ConfigurationError, "the server does not support this (row-level security with COPY?)"),
+    "25P02": (StoreError, "an earlier error ended this transaction; leave its block and begin another"),
     "28": (ConfigurationError, "the server refused this user or password; correct DATABASE_URL or POSTGRES_PASSWORD"),
     "3D000": (ConfigurationError, "the database does not exist; create it or correct its name"),
     "3F000": (ConfigurationError, "no schema of the search_path exists, or the role may not use it; correct it"),
@@ -463,7 +470,7 @@ def _from_sqlstate(sqlstate: str, constraint: str | None) -> StoreError | None:
             kind, message = found
             detail = f"{sqlstate}, {constraint}" if constraint else sqlstate
             return kind(f"{message} (SQLSTATE {detail})")
-    return None
+    return StoreError(f"the server refused the statement (SQLSTATE {sqlstate}); nothing was written")
 
 
 @contextmanager

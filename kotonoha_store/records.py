@@ -136,9 +136,12 @@ def in_utc(value: datetime) -> datetime:
     if value.utcoffset() is None:
         raise InvalidInputError("a time needs its time zone, such as tzinfo=datetime.UTC")
     try:
-        return value.astimezone(UTC)
+        instant = value.astimezone(UTC)
     except OverflowError:
         raise InvalidInputError("a time lies outside the years 1 to 9999 in UTC") from None
+    if instant.replace(tzinfo=None) in (datetime.min, datetime.max):  # noqa: DTZ901
+        raise InvalidInputError("the first and the last instant that datetime knows mean infinity to PostgreSQL")
+    return instant
 
 
 def _storable(value: str) -> str:
@@ -443,11 +446,16 @@ class ClaimedChunk:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Jobs claimed together under one token. Writes that name another token change nothing."""
+    """Jobs claimed together under one token. Writes that name another token change nothing.
+
+    Attributes:
+        buried: chunks that had used up their attempts and became dead letters instead of being claimed.
+    """
 
     token: UUID
     chunks: tuple[ClaimedChunk, ...]
     expires_at: datetime | None
+    buried: tuple[int, ...] = ()
 
     @property
     def chunk_ids(self) -> tuple[int, ...]:

@@ -220,16 +220,19 @@ def _with_details(nearest: Any) -> AnySelect:
 
 
 def _hit(row: AnyRow) -> SearchHit:
+    # Other programs may have written anything.
+    location = row.location if isinstance(row.location, dict) else {}
+    metadata = row.source_metadata if isinstance(row.source_metadata, dict) else {}
     return SearchHit(
         chunk_id=row.id,
         source_id=row.source_id,
         source_type=row.type,
         title=row.title,
-        url=row.location.get("url") or row.uri,
+        url=location.get("url") or row.uri,
         content=row.content,
         similarity=float(row.similarity),
-        location=row.location,
-        metadata=row.source_metadata,
+        location=location,
+        metadata=metadata,
         occurred_from=row.occurred_from,
         occurred_to=row.occurred_to,
     )

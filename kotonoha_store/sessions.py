@@ -128,8 +128,8 @@ class SessionRepository:
     async def save(self, record: SessionRecord, messages: Sequence[Message]) -> SessionRecord:
         """Replace all messages of the session as it was loaded.
 
-        What was archived already stays archived: the position up to which it was is kept, cut to the
-        new length; the others' absolute indexes never fall back to one that was archived.
+        What was archived already stays archived where it is still at the front (trimmed there, or edited
+        in place); everything else counts as not archived yet.
 
         Raises:
             StaleSessionError: the session changed since ``record`` was loaded, or is gone.
@@ -138,7 +138,7 @@ class SessionRepository:
         if len(record.messages) != record.message_count:
             raise InvalidInputError("this record holds only the last messages; load the whole session to save it")
         stored = [message.to_stored() for message in _checked_messages(messages)]
-        archived = func.least(Session.last_archived_message_index, len(stored))
+        archived = _still_archived(record.messages, messages, record.last_archived_message_index)
         row = (
             await self._session.execute(
                 update(Session)
@@ -150,8 +150,8 @@ class SessionRepository:
                     messages_offset=Session.messages_offset + Session.last_archived_message_index - archived,
                     last_archived_message_index=archived,
                     status=SessionStatus.ACTIVE,
-                    last_active_at=func.now(),
-                    archive_due_at=_due_at(),
+                    last_active_at=func.greatest(Session.last_active_at, func.now()),
+                    archive_due_at=func.greatest(Session.archive_due_at, _due_at()),
                 )
                 .returning(Session.id)
                 .execution_options(synchronize_session=False)
@@ -214,6 +214,7 @@ class SessionRepository:
         if limit < 1:
             raise InvalidInputError(f"limit must be at least 1, got {limit}")
         statement = select(*_SUMMARY).where(Session.id > after_id).order_by(Session.id).limit(limit)
+        Scope(guild_id=guild_id, channel_id=channel_id, thread_id=thread_id, user_id=user_id)  # refuses what is no id
         wanted = {
             Session.status: status,
             Session.guild_id: guild_id,
@@ -225,6 +226,14 @@ class SessionRepository:
             if value is not None:
                 statement = statement.where(column == value)
         return [_summary(row) for row in await self._session.execute(statement)]
+
+
+def _still_archived(old: Sequence[Message], new: Sequence[Message], archived: int) -> int:
+    """How many messages at the front of ``new`` are archived; in doubt fewer, since a message may not be lost."""
+    if len(new) >= len(old) and list(new[archived : len(old)]) == list(old[archived:]):
+        return archived  # what was not archived stands where it stood
+    kept = range(min(archived, len(new)), 0, -1)
+    return next((k for k in kept if list(new[:k]) == list(old[archived - k : archived])), 0)
 
 
 def _checked_messages(messages: Message | Sequence[Message]) -> list[Message]:

@@ -6,7 +6,7 @@ Secrets are :class:`pydantic.SecretStr`: no repr, log line or error shows them.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kotonoha_store.errors import ConfigurationError
@@ -107,6 +107,14 @@ class Settings(BaseSettings):
             )
             # From None: pydantic's own error repeats the values, and one of them may be a secret.
             raise ConfigurationError(f"invalid settings: {problems}") from None
+
+    @field_validator("openai_base_url")
+    @classmethod
+    def _no_credentials(cls, value: str | None) -> str | None:
+        # HTTP clients log the URL.
+        if value is not None and "@" in value.split("//", 1)[-1].split("/", 1)[0]:
+            raise ValueError("must not hold a user or password; the key belongs in OPENAI_API_KEY")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -116,16 +116,17 @@ class EmbeddingWorker:
         Raises: as :meth:`run_until_empty`.
         """
         lease = await self._queue.claim(self._batch_size)
+        claimed = EmbeddingReport(claimed=len(lease.chunks) + len(lease.buried), buried=len(lease.buried))
         if not lease.chunks:
-            return EmbeddingReport()
+            return claimed
         try:
             report = await self._embed(lease, lease.chunks)
-        except (asyncio.CancelledError, EmbedderConfigurationError) as stopped:
+        except (asyncio.CancelledError, EmbedderConfigurationError, StoreUnavailableError) as stopped:
             code = stopped.code if isinstance(stopped, EmbedderConfigurationError) else None
             # Back at once, with the attempt; shielded, since a second cancellation would leave them leased.
             await asyncio.shield(self._give_back(lease, code))
             raise
-        return EmbeddingReport(claimed=len(lease.chunks)) + report
+        return claimed + report
 
     async def _give_back(self, lease: Lease, code: ErrorCode | None) -> None:
         try:
@@ -182,8 +183,36 @@ class EmbeddingWorker:
             raise UnembeddableTextError(str(error)) from error
 
     async def _complete(self, lease: Lease, ids: list[int], vectors: NDArray[np.float32]) -> EmbeddingReport:
-        lost = await _lost(self._queue.complete(lease, ids, vectors, self._embedder.model))
+        try:
+            lost = await _lost(self._queue.complete(lease, ids, vectors, self._embedder.model))
+        except StoreUnavailableError as error:
+            logger.warning("writing %d vectors failed, trying source by source: %s", len(ids), error)
+            return await self._complete_by_source(lease, ids, vectors)
         return EmbeddingReport(embedded=len(ids) - lost, lost=lost)
+
+    async def _complete_by_source(self, lease: Lease, ids: list[int], vectors: NDArray[np.float32]) -> EmbeddingReport:
+        """Write what was paid for once more, so that a source somebody has locked holds up itself alone.
+
+        Raises:
+            StoreUnavailableError: no source could be written.
+        """
+        report = EmbeddingReport()
+        failure: StoreUnavailableError | None = None
+        row_of = {chunk_id: row for row, chunk_id in enumerate(ids)}
+        chunks = [chunk for chunk in lease.chunks if chunk.chunk_id in row_of]
+        for source_id in sorted({chunk.source_id for chunk in chunks}):
+            group = [chunk.chunk_id for chunk in chunks if chunk.source_id == source_id]
+            rows = vectors[[row_of[chunk_id] for chunk_id in group]]
+            try:
+                lost = await _lost(self._queue.complete(lease, group, rows, self._embedder.model))
+            except StoreUnavailableError as error:
+                failure = error
+                continue
+            report += EmbeddingReport(embedded=len(group) - lost, lost=lost)
+        if failure is not None:
+            # What could not be written is given back with its attempt: see run_once().
+            raise failure
+        return report
 
     async def _bury(self, lease: Lease, ids: list[int], code: ErrorCode) -> EmbeddingReport:
         lost = await _lost(self._queue.bury(lease, ids, code, model=self._embedder.model))

@@ -25,6 +25,7 @@ from kotonoha_store import (
     InvalidInputError,
     InvalidVectorError,
     KnowledgeChunk,
+    KnowledgeRepository,
     KnowledgeSource,
     NotFoundError,
     SchemaOutdatedError,
@@ -307,7 +308,7 @@ BAD_JSON = {
     "surrogate": ({"a": "\ud800"}, r"JSON value\.a holds a lone surrogate"),
     "NaN": ({"a": float("nan")}, r"JSON value\.a is nan"),
     "infinity": ({"a": [1, float("-inf")]}, r"JSON value\.a\[1\] is -inf"),
-    "bytes": ({"a": b""}, r"JSON value\.a is a bytes"),
+    "bytes": ({"a": b""}, r"JSON value\.a is of type bytes"),
     "number as key": ({"a": {1: 2}}, r"JSON value\.a has the key 1"),
     "too deep": ({"a": DEEP}, "levels deep"),
     "itself": ({"a": CYCLE}, "levels deep"),
@@ -948,3 +949,33 @@ async def test_objects_stay_readable_after_the_commit(database: Database) -> Non
         session.add(row)
     assert row.session_key == "k"
     assert row.id > 0
+
+
+async def test_a_statement_after_an_error_says_that_the_transaction_has_ended(database: Database) -> None:
+    async with database.begin() as session:
+        with pytest.raises(NotFoundError):
+            await KnowledgeRepository(session).get_source(1)
+        with pytest.raises(DBAPIError):
+            await session.execute(text("SELECT 1 / 0"))
+        with pytest.raises(StoreError, match="an earlier error ended this transaction"):
+            await KnowledgeRepository(session).get_source(1)
+
+
+async def test_an_error_that_nobody_foresaw_is_a_store_error_without_its_text(database: Database) -> None:
+    with pytest.raises(StoreError, match="P0001") as caught, translated_errors():
+        async with database.connect() as connection:
+            await connection.execute(text("DO $$ BEGIN RAISE EXCEPTION 'private'; END $$"))
+    assert "private" not in str(caught.value)
+
+
+async def test_a_forked_child_does_not_use_its_parents_connection(database: Database) -> None:
+    async with database.connect() as connection:
+        record = (await connection.get_raw_connection())._connection_record
+        backend = (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+        # As a child finds it.
+        record.info["pid"] = -1
+        parents = (await connection.get_raw_connection()).driver_connection
+    async with database.connect() as connection:
+        assert (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one() != backend
+    assert not parents.is_closed()
+    await parents.close()

@@ -101,7 +101,7 @@ def test_quickstart_takes_a_file_and_replaces_what_it_left(empty_url: URL, tmp_p
     [
         ("{", "Invalid JSON"),
         ("{}", "conversation: Field required"),
-        ("[]", "valid dictionary"),
+        ("[]", "should be an object"),
         ("\\xff", "Invalid JSON"),
     ],
     ids=["cut off", "empty", "no object", "no JSON"],

@@ -155,7 +155,7 @@ async def test_the_same_messages_twice_are_refused(knowledge: KnowledgeRepositor
         ({"metadata": {"a": {"b": ["\x00"]}}}, r"metadata\.a\.b\[0\] holds a NUL"),
         ({"metadata": {"\x00": 1}}, "a key of metadata"),
         ({"metadata": {"x": float("nan")}}, r"metadata\.x is nan"),
-        ({"metadata": {"x": MappingProxyType({})}}, r"metadata\.x is a mappingproxy"),
+        ({"metadata": {"x": MappingProxyType({})}}, r"metadata\.x is of type mappingproxy"),
     ],
 )
 async def test_what_cannot_be_stored_is_refused(

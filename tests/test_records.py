@@ -364,3 +364,9 @@ def test_a_time_without_a_zone_is_no_instant() -> None:
     with pytest.raises(InvalidInputError, match="time zone"):
         in_utc(datetime(2024, 1, 1))  # noqa: DTZ001
     assert in_utc(datetime(2024, 1, 1, 9, tzinfo=ZoneInfo("Asia/Tokyo"))) == datetime(2024, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("instant", [datetime.min, datetime.max])  # noqa: DTZ901
+def test_the_ends_of_time_are_refused(instant: datetime) -> None:
+    with pytest.raises(InvalidInputError, match="infinity"):
+        Message.user("a", timestamp=instant.replace(tzinfo=UTC))

@@ -667,3 +667,15 @@ def test_the_plan_follows_the_number_of_candidates() -> None:
 
 def test_ef_search_follows_top_k_within_pgvectors_limit() -> None:
     assert [ef_search(top_k) for top_k in (1, 50, 51, 400, 1000)] == [100, 100, 102, 800, 1000]
+
+
+async def test_a_location_that_is_no_object_does_not_spoil_a_search(store: Store) -> None:
+    await store.add_document("title", "somebody else wrote this row", guild_id=9)
+    await store.embedding_worker.run_until_empty()
+    async with store.begin() as tx:
+        await tx.session.execute(text("UPDATE knowledge_chunks SET location = 'null'"))
+    [hit] = (await store.search("row", threshold=None, filters=SearchFilters(guild_id=9))).hits
+    assert hit.location == {}
+    async with store.begin() as tx:
+        with pytest.raises(InvalidInputError, match="location must be a dict"):
+            await tx.knowledge.add_chunks(hit.source_id, [NewChunk("text", location=None)])

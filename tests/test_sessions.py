@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -588,3 +589,38 @@ async def test_the_pool_is_not_needed_twice(migrated_url: URL) -> None:
             sessions = SessionRepository(session)
             await sessions.save(await sessions.load("k"), users("2"))
             assert [summary.session_key async for summary in sessions.iterate()] == ["k"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "archived"),
+    [
+        (lambda old: old, 5),
+        (lambda old: [*old, Message.user("more")], 5),
+        (lambda old: old[3:], 2),
+        (lambda old: old[6:], 0),
+        (lambda old: [], 0),
+        (lambda old: [Message.user("summary")], 0),
+        (lambda old: [old[0], Message.user("edited"), *old[2:]], 5),
+        (lambda old: [*old[:5], old[6]], 5),
+        (lambda old: [*old[:4], *old[5:]], 0),
+    ],
+    ids=["same", "longer", "trimmed", "trimmed beyond", "cleared", "replaced", "edited", "new one out", "old one out"],
+)
+async def test_what_a_save_moves_to_the_front_is_not_taken_for_archived(
+    session: AsyncSession, kept: Callable[[list[Message]], list[Message]], archived: int
+) -> None:
+    """Five archived messages that stay as context, and two new ones."""
+    sessions = SessionRepository(session)
+    said = [Message.user(f"message {number}") for number in range(7)]
+    await sessions.append("k", said)
+    await session.execute(
+        text("UPDATE sessions SET last_archived_message_index = 5, messages_offset = 3 WHERE session_key = 'k'")
+    )
+    saved = await sessions.save(await sessions.load("k"), kept(said))
+    assert saved.last_archived_message_index == archived
+    assert saved.messages_offset + archived == 8, "an absolute index is never given twice"
+
+
+async def test_a_list_by_something_that_is_no_id_is_refused(session: AsyncSession) -> None:
+    with pytest.raises(InvalidInputError, match="guild_id must be a 64-bit integer"):
+        await SessionRepository(session).list(guild_id="1")

@@ -186,3 +186,10 @@ def test_an_env_file_that_is_no_text_is_told_without_its_bytes(tmp_path: Path) -
 )
 def test_without_a_server_the_embedded_one_serves(values: dict[str, str], embedded: bool) -> None:
     assert Settings(**values).uses_embedded_server is embedded
+
+
+def test_a_base_url_holds_no_credentials() -> None:
+    secret = "".join(["S3", "cr3t"])
+    with pytest.raises(ConfigurationError, match="OPENAI_API_KEY") as caught:
+        Settings(openai_base_url=f"http://user:{secret}@127.0.0.1:1/v1")
+    assert secret not in "".join(traceback.format_exception(caught.value))

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -36,12 +37,15 @@ from kotonoha_store import (
     EmbeddingReport,
     EmbeddingWorker,
     ErrorCode,
+    HashingEmbedder,
     KnowledgeRepository,
     LeaseLostError,
     NewChunk,
     OpenAIEmbedder,
     RateLimitedError,
+    Settings,
     SourceType,
+    Store,
     StoreUnavailableError,
     UnembeddableTextError,
 )
@@ -585,3 +589,85 @@ async def test_logs_hold_no_text(
     # What went wrong, and where, is there all the same.
     assert "ValueError" in caplog.text
     assert "embed_documents" in caplog.text
+
+
+async def test_a_locked_source_holds_up_itself_alone_and_costs_no_attempt(settings: Settings) -> None:
+    """The embedder did its work each time; only the write to one source had to wait."""
+    hasty = settings.model_copy(update={"db_command_timeout": 0.5})
+    async with await Database.open(hasty) as database, await Database.open(settings) as other:
+        queue = EmbeddingQueue(database)
+        worker = EmbeddingWorker(queue, Scripted(), batch_size=10)
+        [locked] = await add(database, "locked")
+        await add(database, "free")
+        async with other.begin() as session:
+            await session.execute(
+                text(
+                    "SELECT FROM knowledge_sources WHERE id ="
+                    " (SELECT source_id FROM knowledge_chunks WHERE id = :id) FOR UPDATE"
+                ),
+                {"id": locked},
+            )
+            for _ in range(4):
+                with pytest.raises(StoreUnavailableError):
+                    await worker.run_until_empty()
+            await assert_embedded(other, ["free"])
+            assert [job[:2] for job in await jobs(other)] == [(False, 0)]
+        report = await worker.run_until_empty()
+        assert (report.embedded, report.buried) == (1, 0)
+
+
+async def test_a_lost_connection_gives_the_lease_and_the_attempt_back(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = EmbeddingQueue(database)
+    await add(database, "one", "two")
+
+    async def unavailable(*_: Any, **__: Any) -> None:
+        raise StoreUnavailableError("the connection broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "complete", unavailable)
+        for _ in range(4):
+            with pytest.raises(StoreUnavailableError):
+                await EmbeddingWorker(queue, Scripted()).run_until_empty()
+    assert [job[:2] for job in await jobs(database)] == [(False, 0), (False, 0)]
+    assert (await EmbeddingWorker(queue, Scripted()).run_until_empty()).embedded == 2
+
+
+async def test_used_up_jobs_do_not_hide_those_behind_them(database: Database, queue: EmbeddingQueue) -> None:
+    ids = await add(database, *"abcde")
+    await sql(
+        database,
+        "UPDATE embedding_jobs SET attempts = 3, available_at = now() - interval '1 hour'"
+        f" WHERE chunk_id IN ({ids[0]}, {ids[1]})",
+    )
+    report = await EmbeddingWorker(queue, Scripted(), batch_size=2).run_until_empty()
+    assert (report.claimed, report.embedded, report.buried) == (5, 3, 2)
+    assert (await queue.depth()).ready == 0
+
+
+async def test_putting_off_and_replacing_the_same_chunks_does_not_deadlock(store: Store) -> None:
+    """Both take many jobs: the one by their ids, the other by the cascade of a deletion."""
+    documents = ["\n\n".join(f"{word} {number}. " * 30 for number in range(40)) for word in ("rain", "snow")]
+    small = store.settings.model_copy(update={"kb_chunk_max_tokens": 64})
+    writer = Store(store.database, small, HashingEmbedder())
+    until = asyncio.get_running_loop().time() + 4
+
+    async def put_off() -> None:
+        queue = EmbeddingQueue(store.database)
+        while asyncio.get_running_loop().time() < until:
+            lease = await queue.claim(50)
+            with suppress(LeaseLostError):
+                await queue.defer(lease, lease.chunk_ids, timedelta(0))
+
+    async def replace(uri: str) -> None:
+        turn = 0
+        while asyncio.get_running_loop().time() < until:
+            turn += 1
+            await writer.add_document("weather", documents[turn % 2], uri=uri)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(put_off())
+        for uri in ("https://a.example", "https://b.example"):
+            group.create_task(replace(uri))
