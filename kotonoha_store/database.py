@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Final, ParamSpec, Self, TypeVar
+from typing import Any, Final, ParamSpec, Self, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 import asyncpg
@@ -36,6 +36,8 @@ from kotonoha_store.settings import Settings
 
 # Its warnings would reach stderr by Python's handler of last resort, without saying what is retried.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
+
+Executor: TypeAlias = AsyncSession | AsyncConnection
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -273,15 +275,21 @@ class Database:
         async with self.session_factory() as session:
             with translated_errors():
                 await session.connection()
-            try:
+            async with _committed(session):
                 yield session
-            except BaseException:
-                # Where the connection is gone the server has rolled back; the caller's error is the one to raise.
-                with contextlib.suppress(DBAPIError, asyncpg.InterfaceError, OSError):
-                    await session.rollback()
-                raise
-            with translated_errors():
-                await session.commit()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """As :meth:`begin`, without the ORM: for short transactions of many statements a second."""
+        self._refuse_if_closed()
+        connection = self.engine.connect()
+        with translated_errors():
+            await connection.start()
+        try:
+            async with _committed(connection):
+                yield connection
+        finally:
+            await connection.close()
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
@@ -308,6 +316,19 @@ class Database:
         async with self.connect() as connection:
             with translated_errors():
                 await connection.exec_driver_sql("SELECT 1")
+
+
+@asynccontextmanager
+async def _committed(unit: Executor) -> AsyncIterator[None]:
+    try:
+        yield
+    except BaseException:
+        # Where the connection is gone the server has rolled back; the caller's error is the one to raise.
+        with contextlib.suppress(DBAPIError, asyncpg.InterfaceError, OSError):
+            await unit.rollback()
+        raise
+    with translated_errors():
+        await unit.commit()
 
 
 def _create_engine(

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -37,7 +38,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from kotonoha_store.columns import AnySelect, HalfVector, VectorLike, pack_vectors
 from kotonoha_store.database import Database, translated
@@ -128,10 +129,10 @@ class EmbeddingQueue:
 
     async def _claim(self, limit: int) -> tuple[Lease, list[int]]:
         token = uuid4()
-        async with self._database.begin() as session:
-            rows = (await session.execute(_claim(), {"limit": limit, "token": token, "lease": self._lease})).all()
+        async with self._database.transaction() as connection:
+            rows = (await connection.execute(_claim(), {"limit": limit, "token": token, "lease": self._lease})).all()
             if rows:
-                await session.execute(_start(), {"ids": sorted({row.source_id for row in rows})})
+                await connection.execute(_start(), {"ids": sorted({row.source_id for row in rows})})
         lease = Lease(
             token=token,
             chunks=tuple(
@@ -171,20 +172,19 @@ class EmbeddingQueue:
             raise InvalidInputError(
                 f"{len(chunk_ids)} chunks need as many vectors (got {len(packed)}) and a model name"
             )
-        async with self._database.begin() as session:
-            sources = await self._lock(session, lease, chunk_ids)
-            held = await _ids(session, _finish(), {"ids": list(chunk_ids), "token": lease.token})
+        async with self._database.transaction() as connection:
+            sources = await self._lock(connection, lease, chunk_ids)
+            held = await _ids(connection, _finish(), {"ids": list(chunk_ids), "token": lease.token})
             rows = [
                 {"chunk": chunk_id, "vector": vector, "model": model}
                 for chunk_id, vector in zip(chunk_ids, packed, strict=True)
                 if chunk_id in held
             ]
-            connection = await session.connection()
             for start in range(0, len(rows), self._update_batch_size):
                 await connection.execute(_write_vector(), rows[start : start + self._update_batch_size])
             if held:
-                await recompute_status(session, sources)
-            lost = await _lost(session, lease, set(chunk_ids) - held)
+                await recompute_status(connection, sources)
+            lost = await _lost(connection, lease, set(chunk_ids) - held)
         _raise_if(lost)
 
     @translated
@@ -197,9 +197,9 @@ class EmbeddingQueue:
             LeaseLostError: some jobs belong to another worker now; the others were given back.
         """
         parameters = {"ids": list(chunk_ids), "token": lease.token, "delay": delay, "code": error_code}
-        async with self._database.begin() as session:
-            held = await _ids(session, _release(give_back=True), parameters)
-            lost = await _lost(session, lease, set(chunk_ids) - held)
+        async with self._database.transaction() as connection:
+            held = await _ids(connection, _release(give_back=True), parameters)
+            lost = await _lost(connection, lease, set(chunk_ids) - held)
         _raise_if(lost)
 
     @translated
@@ -225,14 +225,14 @@ class EmbeddingQueue:
         over = [chunk_id for chunk_id in chunk_ids if attempts.get(chunk_id, 0) >= self.max_attempts]
         again = [chunk_id for chunk_id in chunk_ids if attempts.get(chunk_id, 0) < self.max_attempts]
         parameters = {"ids": again, "token": lease.token, "delay": retry_in, "code": error_code}
-        async with self._database.begin() as session:
-            await self._lock(session, lease, over)
-            held = await _ids(session, _release(give_back=False), parameters) if again else set()
+        async with self._database.transaction() as connection:
+            await self._lock(connection, lease, over)
+            held = await _ids(connection, _release(give_back=False), parameters) if again else set()
             if over:
                 held |= await _bury_locked(
-                    session, lease.token, over, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED, error_code, model
+                    connection, lease.token, over, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED, error_code, model
                 )
-            lost = await _lost(session, lease, set(chunk_ids) - held)
+            lost = await _lost(connection, lease, set(chunk_ids) - held)
         _raise_if(lost)
         return [chunk_id for chunk_id in over if chunk_id in held]
 
@@ -245,10 +245,10 @@ class EmbeddingQueue:
         Raises:
             LeaseLostError: some jobs belong to another worker now; the others were moved.
         """
-        async with self._database.begin() as session:
-            await self._lock(session, lease, chunk_ids)
-            held = await _bury_locked(session, lease.token, chunk_ids, error_code, error_code, model)
-            lost = await _lost(session, lease, set(chunk_ids) - held)
+        async with self._database.transaction() as connection:
+            await self._lock(connection, lease, chunk_ids)
+            held = await _bury_locked(connection, lease.token, chunk_ids, error_code, error_code, model)
+            lost = await _lost(connection, lease, set(chunk_ids) - held)
         _raise_if(lost)
 
     @translated
@@ -274,11 +274,11 @@ class EmbeddingQueue:
             conditions.append(letter.source_id == source_id)
         if error_code is not None:
             conditions.append(letter.error_code == str(error_code))
-        async with self._database.begin() as session:
-            sources = await _ids(session, select(letter.source_id).where(letter.source_id.is_not(None), *conditions))
-            await lock_sources(session, sorted(sources))
-            queued = await _ids(session, _requeue([*conditions, _among(letter.source_id, sources)]))
-            await recompute_status(session, sorted(sources))
+        async with self._database.transaction() as connection:
+            sources = await _ids(connection, select(letter.source_id).where(letter.source_id.is_not(None), *conditions))
+            await lock_sources(connection, sorted(sources))
+            queued = await _ids(connection, _requeue([*conditions, _among(letter.source_id, sources)]))
+            await recompute_status(connection, sorted(sources))
         return len(queued)
 
     @translated
@@ -317,11 +317,11 @@ class EmbeddingQueue:
             ready=ready, waiting=waiting, dead=dead_count, oldest_seconds=None if oldest is None else float(oldest)
         )
 
-    async def _lock(self, session: AsyncSession, lease: Lease, chunk_ids: Sequence[int]) -> list[int]:
+    async def _lock(self, connection: AsyncConnection, lease: Lease, chunk_ids: Sequence[int]) -> list[int]:
         wanted = set(chunk_ids)
         sources = sorted({chunk.source_id for chunk in lease.chunks if chunk.chunk_id in wanted})
         if sources:
-            await lock_sources(session, sources)
+            await lock_sources(connection, sources)
         return sources
 
 
@@ -331,11 +331,11 @@ def _without(lease: Lease, chunk_ids: Sequence[int]) -> Lease:
     return Lease(token=lease.token, chunks=rest, expires_at=lease.expires_at)
 
 
-async def _ids(session: AsyncSession, statement: Any, parameters: Mapping[str, Any] | None = None) -> set[int]:
-    return {row[0] for row in await session.execute(statement, parameters or {})}
+async def _ids(connection: AsyncConnection, statement: Any, parameters: Mapping[str, Any] | None = None) -> set[int]:
+    return {row[0] for row in await connection.execute(statement, parameters or {})}
 
 
-async def _lost(session: AsyncSession, lease: Lease, missing: set[int]) -> list[int]:
+async def _lost(connection: AsyncConnection, lease: Lease, missing: set[int]) -> list[int]:
     """Those of the chunks not written that somebody else took, embedded or buried.
 
     The rest was deleted, or is just being deleted.
@@ -343,7 +343,9 @@ async def _lost(session: AsyncSession, lease: Lease, missing: set[int]) -> list[
     if not missing:
         return []
     parameters = {"ids": sorted(missing), "token": lease.token}
-    return sorted(await _ids(session, _still_there(), parameters) - await _ids(session, _still_ours(), parameters))
+    # In this order: what is deleted between the two is gone from the second as well.
+    ours = await _ids(connection, _still_ours(), parameters)
+    return sorted(await _ids(connection, _still_there(), parameters) - ours)
 
 
 def _raise_if(lost: Sequence[int]) -> None:
@@ -356,7 +358,7 @@ def _raise_if(lost: Sequence[int]) -> None:
 
 
 async def _bury_locked(
-    session: AsyncSession,
+    connection: AsyncConnection,
     token: UUID,
     chunk_ids: Sequence[int],
     code: ErrorCode,
@@ -365,11 +367,11 @@ async def _bury_locked(
 ) -> set[int]:
     message = ERROR_MESSAGES[cause]
     parameters = {"ids": list(chunk_ids), "token": token, "code": code, "message": message, "model": model}
-    buried = (await session.execute(_bury(), parameters)).all()
+    buried = (await connection.execute(_bury(), parameters)).all()
     if buried:
         sources = sorted({row.source_id for row in buried})
-        await session.execute(_blame(), {"ids": sources, "code": code, "message": message})
-        await recompute_status(session, sources)
+        await connection.execute(_blame(), {"ids": sources, "code": code, "message": message})
+        await recompute_status(connection, sources)
     return {row.original_chunk_id for row in buried}
 
 
@@ -384,6 +386,7 @@ def _is_ours() -> ColumnElement[bool]:
     return (EmbeddingJob.chunk_id == func.any(_IDS)) & (EmbeddingJob.lease_token == _TOKEN)
 
 
+@cache
 def _claim() -> AnySelect:
     """Lock due jobs, skipping those that others are claiming, and lease them.
 
@@ -422,6 +425,7 @@ def _claim() -> AnySelect:
     )
 
 
+@cache
 def _start() -> Update:
     """pending -> processing, passing over locked sources: the claim must not wait for them."""
     pending = (
@@ -439,6 +443,7 @@ def _start() -> Update:
     )
 
 
+@cache
 def _finish() -> Any:
     return (
         delete(EmbeddingJob)
@@ -448,6 +453,7 @@ def _finish() -> Any:
     )
 
 
+@cache
 def _write_vector() -> Update:
     return (
         update(KnowledgeChunk)
@@ -456,6 +462,7 @@ def _write_vector() -> Update:
     )
 
 
+@cache
 def _release(*, give_back: bool) -> Any:
     """Give jobs back without waiting for anybody, so that neither a locked source nor a deadlock is in the way.
 
@@ -477,6 +484,7 @@ def _release(*, give_back: bool) -> Any:
     )
 
 
+@cache
 def _bury() -> Insert:
     """Job and chunk out, dead letter in: one statement, so that nothing is ever in neither place."""
     letter, chunk = KnowledgeChunkDeadLetter, KnowledgeChunk
@@ -521,6 +529,7 @@ def _bury() -> Insert:
     )
 
 
+@cache
 def _blame() -> Update:
     return (
         update(KnowledgeSource)
@@ -560,10 +569,12 @@ def _requeue(conditions: Sequence[ColumnElement[bool]]) -> Insert:
     return insert(EmbeddingJob).from_select(["chunk_id"], select(chunks.c.id)).returning(EmbeddingJob.chunk_id)
 
 
+@cache
 def _still_ours() -> Any:
     return select(EmbeddingJob.chunk_id).where(_is_ours())
 
 
+@cache
 def _still_there() -> Any:
     ids = func.any(_IDS)
     chunks = select(KnowledgeChunk.id).where(KnowledgeChunk.id == ids)

@@ -1,6 +1,7 @@
 """The status of a source, which follows its chunks. Shared by everything that writes chunks."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Final
 
 from sqlalchemy import (
@@ -18,7 +19,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from kotonoha_store.columns import AnySelect
 from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
@@ -28,24 +29,25 @@ from kotonoha_store.records import SourceStatus
 _IDS: Final = bindparam("ids", type_=ARRAY(BigInteger))
 
 
-async def lock_sources(session: AsyncSession, source_ids: Sequence[int]) -> None:
+async def lock_sources(connection: AsyncSession | AsyncConnection, source_ids: Sequence[int]) -> None:
     """Lock the sources before their chunks are written.
 
     Always first, always in id order: a cascading delete locks source, then chunk, and whoever did it
     the other way round would deadlock with it.
     """
-    await session.execute(_lock(), {"ids": list(source_ids)})
+    await connection.execute(_lock(), {"ids": list(source_ids)})
 
 
-async def recompute_status(session: AsyncSession, source_ids: Sequence[int]) -> None:
+async def recompute_status(connection: AsyncSession | AsyncConnection, source_ids: Sequence[int]) -> None:
     """Set the status of sources that this transaction has locked with :func:`lock_sources`.
 
     A statement of its own after the writes, under READ COMMITTED: the second of two workers that
     finish a source together waited at the lock, and sees here what the first one wrote.
     """
-    await session.execute(_recompute(), {"ids": list(source_ids)})
+    await connection.execute(_recompute(), {"ids": list(source_ids)})
 
 
+@cache
 def _lock() -> AnySelect:
     return (
         select(KnowledgeSource.id)
@@ -55,6 +57,7 @@ def _lock() -> AnySelect:
     )
 
 
+@cache
 def _recompute() -> Update:
     of_source = KnowledgeChunk.source_id == KnowledgeSource.id
     waiting = exists().where(of_source, KnowledgeChunk.embedding.is_(None))

@@ -12,7 +12,7 @@ import pytest
 from conftest import settings_for
 from numpy.typing import NDArray
 from sqlalchemy import URL, text
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from kotonoha_store import (
     Database,
@@ -786,16 +786,16 @@ async def test_an_answer_lost_after_the_commit_can_be_asked_for_again(
 ) -> None:
     source_id, ids = await add(database, "a")
     lease = await queue.claim()
-    commit = AsyncSession.commit
+    commit = AsyncConnection.commit
 
-    async def lost_answer(session: AsyncSession) -> None:
+    async def lost_answer(session: AsyncConnection) -> None:
         await commit(session)
         raise ConnectionResetError
 
-    monkeypatch.setattr(AsyncSession, "commit", lost_answer)
+    monkeypatch.setattr(AsyncConnection, "commit", lost_answer)
     with pytest.raises(StoreUnavailableError):
         await complete(queue, lease, ids)
-    monkeypatch.setattr(AsyncSession, "commit", commit)
+    monkeypatch.setattr(AsyncConnection, "commit", commit)
     before = await everything(database)
     with pytest.raises(LeaseLostError):
         await complete(queue, lease, ids)
