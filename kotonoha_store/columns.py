@@ -70,7 +70,8 @@ def check_vectors(vectors: Any, dimension: int = EMBEDDING_DIMENSION) -> NDArray
             f"a vector must have {dimension} dimensions, got {found} (array of shape {array.shape})"
         )
     # Half precision decides: what is finite in float32 may overflow, and what is not zero may vanish.
-    magnitude = np.abs(array).max(axis=1, initial=0.0)
+    # Two reductions and no copy of the array, as its absolute values would be.
+    magnitude = np.maximum(array.max(axis=1, initial=0.0), -array.min(axis=1, initial=0.0))
     bad = np.flatnonzero(~(magnitude <= HALF_MAX) | (magnitude < np.finfo(np.float16).smallest_subnormal))
     if bad.size:
         row = int(bad[0])

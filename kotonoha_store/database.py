@@ -370,12 +370,12 @@ def _create_engine(
     return engine
 
 
-async def driver_connection(session: AsyncSession) -> Any:
-    """The asyncpg connection under a session, for COPY.
+async def driver_connection(unit: Executor) -> Any:
+    """The asyncpg connection under a session or connection, for COPY and for many rows at once.
 
     SQLAlchemy begins the transaction with the first statement: execute one before.
     """
-    connection = await session.connection()
+    connection = unit if isinstance(unit, AsyncConnection) else await unit.connection()
     return (await connection.get_raw_connection()).driver_connection
 
 

@@ -6,7 +6,7 @@ was thought dead, and whose jobs were given to another, changes nothing when it 
 Lock order everywhere: source, chunk, job, sources in the order of their ids.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -38,10 +38,11 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from kotonoha_store.columns import AnySelect, HalfVector, VectorLike, pack_vectors
-from kotonoha_store.database import Database, translated
+from kotonoha_store.columns import AnySelect, HalfVector, PackedVector, VectorLike, pack_vectors
+from kotonoha_store.database import Database, driver_connection, translated
 from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError
 from kotonoha_store.models import EmbeddingJob, KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
 from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, QueueDepth, SourceStatus
@@ -175,13 +176,16 @@ class EmbeddingQueue:
         async with self._database.transaction() as connection:
             sources = await self._lock(connection, lease, chunk_ids)
             held = await _ids(connection, _finish(), {"ids": list(chunk_ids), "token": lease.token})
+            statement, row_of = _write_vectors()
             rows = [
-                {"chunk": chunk_id, "vector": vector, "model": model}
+                row_of(chunk_id, vector, model)
                 for chunk_id, vector in zip(chunk_ids, packed, strict=True)
                 if chunk_id in held
             ]
+            # By the driver: what SQLAlchemy does for each row costs as much as the row does there.
+            driver = await driver_connection(connection)
             for start in range(0, len(rows), self._update_batch_size):
-                await connection.execute(_write_vector(), rows[start : start + self._update_batch_size])
+                await driver.executemany(statement, rows[start : start + self._update_batch_size])
             if held:
                 await recompute_status(connection, sources)
             lost = await _lost(connection, lease, set(chunk_ids) - held)
@@ -460,6 +464,14 @@ def _write_vector() -> Update:
         .where(KnowledgeChunk.id == bindparam("chunk"))
         .values(embedding=bindparam("vector", type_=HalfVector()), embedding_model=bindparam("model"))
     )
+
+
+@cache
+def _write_vectors() -> tuple[str, Callable[[int, PackedVector, str], tuple[Any, ...]]]:
+    """The same as the driver takes it: its text, and what makes its arguments."""
+    compiled = _write_vector().compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]
+    order = [("chunk", "vector", "model").index(name) for name in compiled.positiontup or ()]
+    return str(compiled), lambda *values: tuple(values[position] for position in order)
 
 
 @cache
