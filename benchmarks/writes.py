@@ -62,8 +62,9 @@ from sqlalchemy import Table as SQLTable
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from kotonoha_store import EMBEDDING_DIMENSION, HalfVector, KnowledgeChunk, NewChunk, Scope, SourceType, Store
-from kotonoha_store.columns import pack_vectors
+from kotonoha_store.columns import PackedVector, pack_vectors
 from kotonoha_store.database import register_halfvec
+from kotonoha_store.embedding_queue import _write_vectors
 
 BATCH: Final = 100
 CHUNKS_A_SOURCE: Final = 10
@@ -167,6 +168,9 @@ async def record(store: Store, vectors: Vectors) -> list[Recorded]:
     await store.queue.complete(lease, lease.chunk_ids, vectors_for(vectors, lease.chunk_ids), MODEL)
     event.remove(engine, "before_cursor_execute", listen)
     ids = set(lease.chunk_ids)
+    # The queue hands this one to the driver itself, past SQLAlchemy's event.
+    write, row_of = _write_vectors()
+    sent.insert(-1, (write, [row_of(0, PackedVector(), MODEL)], True))
     return [
         Recorded(sql, tuple((_role(value, ids), value) for value in (parameters[0] if many else parameters)))
         for sql, parameters, many in sent

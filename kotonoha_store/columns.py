@@ -1,7 +1,7 @@
 """Column types that every model uses.
 
 :class:`HalfVector` carries embeddings in PostgreSQL's binary format. pgvector's own SQLAlchemy types
-send text, which measures 30 times slower on writes (``benchmarks/writes.py``).
+send text, which measures 12 to 16 times slower on writes (``benchmarks/writes.py``).
 """
 
 import json
