@@ -641,8 +641,12 @@ async def test_used_up_jobs_do_not_hide_those_behind_them(database: Database, qu
         "UPDATE embedding_jobs SET attempts = 3, available_at = now() - interval '1 hour'"
         f" WHERE chunk_id IN ({ids[0]}, {ids[1]})",
     )
-    report = await EmbeddingWorker(queue, Scripted(), batch_size=2).run_until_empty()
-    assert (report.claimed, report.embedded, report.buried) == (5, 3, 2)
+    lease = await queue.claim(2)
+    assert (lease.chunk_ids, lease.buried) == (tuple(ids[2:4]), tuple(ids[:2]))
+    await queue.defer(lease, lease.chunk_ids, timedelta(0))
+    await sql(database, f"UPDATE embedding_jobs SET attempts = 3 WHERE chunk_id = {ids[2]}")
+    report = await EmbeddingWorker(queue, Scripted(), batch_size=1).run_until_empty()
+    assert (report.claimed, report.embedded, report.buried) == (3, 2, 1)
     assert (await queue.depth()).ready == 0
 
 
