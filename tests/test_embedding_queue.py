@@ -825,3 +825,20 @@ async def test_a_cancelled_write_is_undone_as_a_whole(
     monkeypatch.setattr(embedding_queue, "recompute_status", recompute)
     await complete(queue, lease, ids)
     assert await embedded(database) == ids
+
+
+async def test_only_the_sources_of_what_was_buried_are_blamed(database: Database, queue: EmbeddingQueue) -> None:
+    lost_source, [lost_chunk] = await add(database, "lost")
+    held_source, [held_chunk] = await add(database, "held")
+    lease = await queue.claim()
+    async with database.begin() as session:
+        await session.execute(
+            text("UPDATE embedding_jobs SET lease_token = gen_random_uuid() WHERE chunk_id = :id"), {"id": lost_chunk}
+        )
+        await session.execute(
+            text("UPDATE knowledge_sources SET error_code = 'EARLIER' WHERE id = :id"), {"id": lost_source}
+        )
+    with pytest.raises(LeaseLostError):
+        await queue.bury(lease, [lost_chunk, held_chunk], ErrorCode.SERVER_ERROR)
+    assert (await source(database, lost_source)).error_code == "EARLIER"
+    assert (await source(database, held_source)).error_code == "SERVER_ERROR"
