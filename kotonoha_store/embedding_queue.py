@@ -469,7 +469,7 @@ def _write_vector() -> Update:
 @cache
 def _write_vectors() -> tuple[str, Callable[[int, PackedVector, str], tuple[Any, ...]]]:
     """The same as the driver takes it: its text, and what makes its arguments."""
-    compiled = _write_vector().compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]
+    compiled = _write_vector().compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]  # untyped there
     order = [("chunk", "vector", "model").index(name) for name in compiled.positiontup or ()]
     return str(compiled), lambda *values: tuple(values[position] for position in order)
 

@@ -287,7 +287,7 @@ class KnowledgeRepository:
 
 
 def _source_values(
-    type: SourceType,  # noqa: A002
+    type: SourceType,  # noqa: A002  the column's name
     title: str,
     uri: str | None,
     scope: Scope,
@@ -309,7 +309,7 @@ def _source_values(
     }
 
 
-def _document_key(type: SourceType, uri: str, scope: Scope) -> bytes:  # noqa: A002
+def _document_key(type: SourceType, uri: str, scope: Scope) -> bytes:  # noqa: A002  the column's name
     """What makes two additions the same document. The scope belongs to it: no tenant replaces another's."""
     identity = [str(type), uri, *(getattr(scope, name) for name in _SCOPE_NAMES)]
     return hashlib.sha256(dump_json(identity).encode()).digest()

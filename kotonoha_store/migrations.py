@@ -149,7 +149,7 @@ async def _run(database: Database, run: Callable[[Config], None]) -> None:
         run(config)
 
     # A thread's lock, since the other migration may run on another thread's loop.
-    while not _in_process.acquire(blocking=False):  # noqa: ASYNC110
+    while not _in_process.acquire(blocking=False):  # noqa: ASYNC110  an Event is one loop's
         await asyncio.sleep(_POLL_SECONDS)
     try:
         async with database.patient() as patient, _locked(patient) as connection:

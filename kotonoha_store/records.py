@@ -139,7 +139,7 @@ def in_utc(value: datetime) -> datetime:
         instant = value.astimezone(UTC)
     except OverflowError:
         raise InvalidInputError("a time lies outside the years 1 to 9999 in UTC") from None
-    if instant.replace(tzinfo=None) in (datetime.min, datetime.max):  # noqa: DTZ901
+    if instant.replace(tzinfo=None) in (datetime.min, datetime.max):  # noqa: DTZ901  compared without zones
         raise InvalidInputError("the first and the last instant that datetime knows mean infinity to PostgreSQL")
     return instant
 

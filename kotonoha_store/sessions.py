@@ -163,7 +163,7 @@ class SessionRepository:
                 "or is gone; load it again, repeat the change, save"
             )
         saved = await self.get(record.id)
-        assert saved is not None, "the row is locked by the update above"  # noqa: S101
+        assert saved is not None, "the row is locked by the update above"  # noqa: S101  for the type checker
         return saved
 
     @translated

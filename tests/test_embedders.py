@@ -420,7 +420,7 @@ async def test_nobody_listening_is_transient() -> None:
         (RuntimeError(KEY), "RuntimeError", ErrorCode.UNKNOWN_ERROR),
         (openai.OpenAIError(KEY), "OpenAIError", ErrorCode.UNKNOWN_ERROR),
         # The client's own clocks, e.g. for connecting, where they are shorter than the whole call's.
-        (openai.APITimeoutError(request=None), "within 5 s", ErrorCode.EMBEDDING_API_TIMEOUT),  # type: ignore[arg-type]
+        (openai.APITimeoutError(request=None), "within 5 s", ErrorCode.EMBEDDING_API_TIMEOUT),  # type: ignore[arg-type]  # no request is read
     ],
 )
 async def test_whatever_else_the_client_raises_has_a_class(
@@ -710,7 +710,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeModel]]:
     module = types.ModuleType("sentence_transformers")
     module.__spec__ = importlib.machinery.ModuleSpec("sentence_transformers", None)
     model = type("Fresh", (FakeModel,), {"loads": [], "calls": [], "threads": set()})
-    module.SentenceTransformer = model  # type: ignore[attr-defined]
+    setattr(module, "SentenceTransformer", model)  # noqa: B010  a module's type has no such name
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
     return model
 
