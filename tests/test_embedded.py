@@ -535,3 +535,24 @@ def test_odd_passwords_reach_the_server_by_either_way_of_settings(data_dir: Path
 
     asyncio.run(check())
     server.stop()
+
+
+def test_the_alembic_command_starts_the_server_and_migrates(data_dir: Path) -> None:
+    def alembic(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "alembic", *arguments],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "KB_EMBEDDED_DIR": str(data_dir)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    alembic("upgrade", "head")
+    assert "(head)" in alembic("current")
+    server = start(data_dir)
+    assert run_query(server, "SELECT count(*) FROM embedding_jobs") == 0
+    server.stop()
