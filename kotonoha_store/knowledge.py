@@ -27,7 +27,7 @@ from kotonoha_store.records import (
     check_text,
     in_utc,
 )
-from kotonoha_store.source_status import lock_sources, recompute_status
+from kotonoha_store.source_status import recompute_status
 
 _SCOPE_NAMES: Final = ("guild_id", "channel_id", "thread_id", "user_id")
 
@@ -231,9 +231,11 @@ class KnowledgeRepository:
         return [_record(row) for row in await self._session.execute(statement)]
 
     async def _locked_scope(self, source_id: int) -> Scope:
-        await lock_sources(self._session, [check_id(source_id, "source_id")])
+        """Lock the source as lock_sources() does, and read its scope on the way."""
+        check_id(source_id, "source_id")
         columns = [getattr(KnowledgeSource, name) for name in _SCOPE_NAMES]
-        row = (await self._session.execute(select(*columns).where(KnowledgeSource.id == source_id))).one_or_none()
+        statement = select(*columns).where(KnowledgeSource.id == source_id).with_for_update(key_share=True)
+        row = (await self._session.execute(statement)).one_or_none()
         if row is None:
             raise NotFoundError(f"there is no source {source_id}")
         return Scope(*row)
