@@ -272,6 +272,7 @@ class SessionArchiver:
             scope=snapshot.scope,
             metadata=prepared.metadata,
             origin=(snapshot.id, first),
+            session_key=snapshot.session_key,
             archived_messages=_raw(snapshot.id, snapshot.archived, upto),
         )
         await knowledge.add_chunks(source_id, prepared.chunks)

@@ -33,6 +33,7 @@ from kotonoha_store.errors import (
 )
 from kotonoha_store.records import check_json
 from kotonoha_store.settings import Settings
+from kotonoha_store.words import unpack_terms
 
 # Its warnings would reach stderr by Python's handler of last resort, without saying what is retried.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
@@ -360,8 +361,8 @@ def _create_engine(
         if dbapi_connection.driver_connection.is_closed():
             raise DisconnectionError("the server closed this connection")
         # A connection made before the first migration has no codec yet.
-        if "halfvec" not in record.info and dbapi_connection.run_async(register_halfvec):
-            record.info["halfvec"] = True
+        if "codecs" not in record.info and dbapi_connection.run_async(register_codecs):
+            record.info["codecs"] = True
 
     @event.listens_for(engine.sync_engine, "invalidate")
     def _forget(_: Any, record: Any, __: Any) -> None:
@@ -379,16 +380,16 @@ async def driver_connection(unit: Executor) -> Any:
     return (await connection.get_raw_connection()).driver_connection
 
 
-async def ensure_halfvec(session: AsyncSession) -> None:
-    """See to it that the session's connection knows ``halfvec``, should its engine be the caller's own."""
-    connection = await session.connection()
+async def ensure_codecs(unit: Executor) -> None:
+    """See to it that the connection knows ``halfvec`` and ``tsvector``, should its engine be the caller's own."""
+    connection = unit if isinstance(unit, AsyncConnection) else await unit.connection()
     info = connection.info
-    if "halfvec" not in info and await register_halfvec(await driver_connection(session)):
-        info["halfvec"] = True
+    if "codecs" not in info and await register_codecs(await driver_connection(unit)):
+        info["codecs"] = True
 
 
-async def register_halfvec(connection: Any) -> bool:
-    """Teach an asyncpg connection pgvector's binary ``halfvec``, whichever schema it lives in.
+async def register_codecs(connection: Any) -> bool:
+    """Teach an asyncpg connection ``tsvector``, and pgvector's ``halfvec``, whichever schema it lives in: in binary.
 
     Returns:
         Whether the extension is there.
@@ -408,7 +409,16 @@ async def register_halfvec(connection: Any) -> bool:
         decoder=unpack_vector,
         format="binary",
     )
+    await connection.set_type_codec(
+        "tsvector", schema="pg_catalog", encoder=_as_bytes, decoder=unpack_terms, format="binary"
+    )
     return True
+
+
+def _as_bytes(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise InvalidInputError(f"terms are written as pack_terms() makes them, not as {type(value).__name__}")
+    return value
 
 
 def translate_error(error: BaseException) -> StoreError | None:

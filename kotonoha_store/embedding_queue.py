@@ -47,6 +47,7 @@ from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError
 from kotonoha_store.models import EmbeddingJob, KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
 from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, QueueDepth, SourceStatus
 from kotonoha_store.source_status import lock_sources, recompute_status
+from kotonoha_store.term_index import fill_terms, refresh_terms
 
 ERROR_MESSAGES: Final[dict[ErrorCode, str]] = {
     ErrorCode.EMBEDDING_API_TIMEOUT: "the embedding provider did not answer in time",
@@ -282,6 +283,9 @@ class EmbeddingQueue:
             sources = await _ids(connection, select(letter.source_id).where(letter.source_id.is_not(None), *conditions))
             await lock_sources(connection, sorted(sources))
             queued = await _ids(connection, _requeue([*conditions, _among(letter.source_id, sources)]))
+            if queued:
+                await fill_terms(connection, ids=sorted(queued))
+                await refresh_terms(connection)
             await recompute_status(connection, sorted(sources))
         return len(queued)
 

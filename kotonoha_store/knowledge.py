@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.columns import AnyRow, AnySelect, PackedVector, pack_vectors
-from kotonoha_store.database import driver_connection, dump_json, ensure_halfvec, translated
+from kotonoha_store.database import driver_connection, dump_json, ensure_codecs, translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError
 from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
 from kotonoha_store.records import (
@@ -28,6 +28,7 @@ from kotonoha_store.records import (
     in_utc,
 )
 from kotonoha_store.source_status import recompute_status
+from kotonoha_store.term_index import TextOfChunk, refresh_terms, rewrite_terms, write_terms
 
 _SCOPE_NAMES: Final = ("guild_id", "channel_id", "thread_id", "user_id")
 
@@ -92,17 +93,20 @@ class KnowledgeRepository:
         scope: Scope | None = None,
         metadata: Mapping[str, Any] | None = None,
         origin: tuple[int, int] | None = None,
+        session_key: str | None = None,
         archived_messages: Sequence[Mapping[str, Any]] | ColumnElement[Any] | None = None,
     ) -> int:
         """Insert a source (status pending) and return its id.
 
         ``origin``: session id and absolute index of its first archived message; that pair is unique.
+        ``session_key``: of that session, for searches within it.
 
         Raises:
             InvalidInputError: a blank title, text that PostgreSQL cannot store, or messages that are archived already.
         """
         values = _source_values(type, title, uri, scope or Scope(), metadata or {})
         values["archived_messages"] = archived_messages
+        values["origin_session_key"] = None if session_key is None else check_text(session_key, "session_key")
         if origin is not None:
             values["origin_session_id"], values["origin_first_index"] = origin
         statement = insert(KnowledgeSource).values(values).returning(KnowledgeSource.id)
@@ -119,8 +123,9 @@ class KnowledgeRepository:
             InvalidVectorError: a vector cannot be stored. Nothing was written.
         """
         rows = _rows(chunks)
-        scope = await self._locked_scope(source_id)
-        ids = await self._insert_chunks(source_id, scope, rows)
+        title, scope = await self._locked_source(source_id)
+        ids = await self._insert_chunks(source_id, title, scope, rows)
+        await refresh_terms(self._session)
         await recompute_status(self._session, [source_id])
         return ids
 
@@ -150,12 +155,14 @@ class KnowledgeRepository:
         scope = scope or Scope()
         rows = _rows(chunks)
         values = _source_values(type, title, uri, scope, metadata or {})
+        old_title: str | None = title
         if uri is None:
             source_id = (
                 await self._session.execute(insert(KnowledgeSource).values(values).returning(KnowledgeSource.id))
             ).scalar_one()
         else:
             values["document_key"] = _document_key(type, uri, scope)
+            old_title = (await self._session.execute(_lock_title(values["document_key"]))).scalar_one_or_none()
             # One statement that inserts or locks: two that add it at once come one after the other.
             statement = insert(KnowledgeSource).values(values)
             changed = {"title": statement.excluded.title, "metadata": statement.excluded.metadata}
@@ -166,9 +173,12 @@ class KnowledgeRepository:
                     ).returning(KnowledgeSource.id)
                 )
             ).scalar_one()
-        kept, removed, added = await self._replace_chunks(source_id, scope, chunks, rows, model)
+        kept, removed, added = await self._replace_chunks(source_id, title, scope, chunks, rows, model)
+        if old_title != title:
+            await rewrite_terms(self._session, [TextOfChunk(chunk_id, title, text, scope) for chunk_id, text in kept])
+        await refresh_terms(self._session)
         await recompute_status(self._session, [source_id])
-        return DocumentResult(source_id=source_id, added=added, kept=kept, removed=removed)
+        return DocumentResult(source_id=source_id, added=added, kept=len(kept), removed=removed)
 
     @translated
     async def get_source(self, source_id: int) -> SourceRecord:
@@ -230,23 +240,27 @@ class KnowledgeRepository:
                 statement = statement.where(column == value)
         return [_record(row) for row in await self._session.execute(statement)]
 
-    async def _locked_scope(self, source_id: int) -> Scope:
-        """Lock the source as lock_sources() does, and read its scope on the way."""
+    async def _locked_source(self, source_id: int) -> tuple[str, Scope]:
+        """Lock the source as lock_sources() does, and read its title and scope on the way."""
         check_id(source_id, "source_id")
         columns = [getattr(KnowledgeSource, name) for name in _SCOPE_NAMES]
-        statement = select(*columns).where(KnowledgeSource.id == source_id).with_for_update(key_share=True)
+        statement = (
+            select(KnowledgeSource.title, *columns)
+            .where(KnowledgeSource.id == source_id)
+            .with_for_update(key_share=True)
+        )
         row = (await self._session.execute(statement)).one_or_none()
         if row is None:
             raise NotFoundError(f"there is no source {source_id}")
-        return Scope(*row)
+        return row.title, Scope(*row[1:])
 
-    async def _insert_chunks(self, source_id: int, scope: Scope, rows: Sequence[_Row]) -> list[int]:
+    async def _insert_chunks(self, source_id: int, title: str, scope: Scope, rows: Sequence[_Row]) -> list[int]:
         if not rows:
             return []
         owner = (source_id, *(getattr(scope, name) for name in _SCOPE_NAMES))
         ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(rows)})]
         # The statement above has begun the transaction that COPY, being the driver's own, takes part in.
-        await ensure_halfvec(self._session)
+        await ensure_codecs(self._session)
         driver = await driver_connection(self._session)
         for start in range(0, len(rows), self._insert_batch_size):
             batch = rows[start : start + self._insert_batch_size]
@@ -255,11 +269,20 @@ class KnowledgeRepository:
             await driver.copy_records_to_table("knowledge_chunks", columns=_CHUNK_COLUMNS, records=records)
             if waiting := [(chunk_id,) for chunk_id, row in numbered if row.embedding is None]:
                 await driver.copy_records_to_table("embedding_jobs", columns=["chunk_id"], records=waiting)
+            texts = [TextOfChunk(chunk_id, title, row.content, scope) for chunk_id, row in numbered]
+            await write_terms(self._session, texts)
         return ids
 
     async def _replace_chunks(
-        self, source_id: int, scope: Scope, chunks: Sequence[NewChunk], rows: Sequence[_Row], model: str | None
-    ) -> tuple[int, int, int]:
+        self,
+        source_id: int,
+        title: str,
+        scope: Scope,
+        chunks: Sequence[NewChunk],
+        rows: Sequence[_Row],
+        model: str | None,
+    ) -> tuple[list[tuple[int, str]], int, int]:
+        """Return what was kept (chunk id, text), and how many were removed and added."""
         existing: dict[bytes, list[AnyRow]] = defaultdict(list)
         gone: set[int] = set()
         for old in await self._session.execute(_chunks_of(source_id)):
@@ -268,12 +291,14 @@ class KnowledgeRepository:
                 existing[old.content_hash].append(old)
         moved: list[dict[str, Any]] = []
         new: list[_Row] = []
+        kept: list[tuple[int, str]] = []
         for chunk, row in zip(chunks, rows, strict=True):
             if not (same := existing[row.content_hash]):
                 new.append(row)
                 continue
             old = same.pop(0)
             gone.remove(old.id)
+            kept.append((old.id, row.content))
             place = (chunk.location, row.occurred_from, row.occurred_to)
             if (old.location, old.occurred_from, old.occurred_to) != place:
                 moved.append(dict(zip(("chunk_id", "place", "since", "until"), (old.id, *place), strict=True)))
@@ -284,8 +309,8 @@ class KnowledgeRepository:
         connection = await self._session.connection()
         for start in range(0, len(moved), self._update_batch_size):
             await connection.execute(_move(), moved[start : start + self._update_batch_size])
-        await self._insert_chunks(source_id, scope, new)
-        return len(rows) - len(new), len(gone), len(new)
+        await self._insert_chunks(source_id, title, scope, new)
+        return kept, len(gone), len(new)
 
 
 def _source_values(
@@ -375,6 +400,12 @@ def _chunks_of(source_id: int) -> AnySelect:
         .where(KnowledgeChunk.source_id == source_id)
         .order_by(KnowledgeChunk.id)
     )
+
+
+def _lock_title(document_key: bytes) -> AnySelect:
+    """The title as it was: where it changes, so do the words of the chunks that are kept."""
+    statement = select(KnowledgeSource.title).where(KnowledgeSource.document_key == document_key)
+    return statement.with_for_update(key_share=True)
 
 
 def _move() -> Any:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     CheckConstraint,
     Connection,
     DateTime,
+    Double,
     Enum,
     ForeignKey,
     Index,
@@ -26,7 +27,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy import Uuid as UuidType
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, TSVECTOR
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from kotonoha_store.columns import HalfVector
@@ -137,6 +138,7 @@ class KnowledgeSource(Base):
     origin_first_index: Mapped[int | None] = mapped_column(BigInteger)
     # The messages as they were, for restore(); not in metadata, which is indexed.
     archived_messages: Mapped[list[dict[str, Any]] | None] = mapped_column(_JSON)
+    origin_session_key: Mapped[OptionalText]
 
     __table_args__ = (
         CheckConstraint("(origin_session_id IS NULL) = (origin_first_index IS NULL)", name="sources_origin"),
@@ -150,6 +152,12 @@ class KnowledgeSource(Base):
         Index("idx_sources_document_key", "document_key", unique=True),
         # a message is archived once
         Index("idx_sources_origin", "origin_session_id", "origin_first_index", unique=True),
+        # searches filtered by session key
+        Index(
+            "idx_sources_origin_session_key",
+            "origin_session_key",
+            postgresql_where=text("origin_session_key IS NOT NULL"),
+        ),
     )
 
 
@@ -208,6 +216,43 @@ class KnowledgeChunk(Base):
         # searches within a time range
         Index("idx_chunks_occurred_to", "occurred_to", postgresql_where=text("occurred_to IS NOT NULL")),
     )
+
+
+class ChunkTerms(Base):
+    """The words of a chunk and of its title, for searches by word (see :mod:`kotonoha_store.words`).
+
+    A table of its own, because an update of a chunk would re-enter the GIN index too.
+    """
+
+    __tablename__ = "chunk_terms"
+
+    chunk_id: Mapped[int] = mapped_column(
+        BigInteger, ForeignKey("knowledge_chunks.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    # Read as text; written by COPY in its binary format.
+    terms: Mapped[str] = mapped_column(TSVECTOR)
+    # Title and content as phrases are looked up in them; NULL where folding changes nothing.
+    folded: Mapped[OptionalText]
+
+    __table_args__ = (
+        # searches by word
+        Index(
+            "idx_chunk_terms_terms",
+            "terms",
+            postgresql_using="gin",
+            postgresql_with={"gin_pending_list_limit": 16384},
+        ),
+    )
+
+
+class TermFrequency(Base):
+    """How rare the common terms are, from a sample of the chunks; the empty term has the number of chunks."""
+
+    __tablename__ = "term_frequencies"
+
+    term: Mapped[str] = mapped_column(Text, primary_key=True)
+    # Share of all chunks, 0 to 1.
+    frequency: Mapped[float] = mapped_column(Double)
 
 
 class KnowledgeChunkDeadLetter(Base):
@@ -289,6 +334,55 @@ BEFORE UPDATE ON knowledge_sources
 FOR EACH ROW EXECUTE FUNCTION kotonoha_touch_updated_at()"""
 
 
+# By its owner's right, since only that one may merge. Counted again when there are half as many chunks more.
+# Terms of a scope (#) are no words.
+REFRESH_TERMS_FUNCTION: Final = """\
+CREATE OR REPLACE FUNCTION kotonoha_refresh_terms(force boolean DEFAULT false) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path FROM CURRENT
+    AS $$
+DECLARE
+    sample_size CONSTANT bigint := 2000;
+    largest bigint := (SELECT max(chunk_id) FROM chunk_terms);
+    known double precision := (SELECT frequency FROM term_frequencies WHERE term = '');
+    sample bigint[];
+BEGIN
+    PERFORM gin_clean_pending_list('idx_chunk_terms_terms');
+    IF largest IS NULL OR (largest < 1.5 * known AND NOT force) THEN
+        RETURN;
+    END IF;
+    -- Whoever is counting already counts for all.
+    IF NOT pg_try_advisory_xact_lock(7205110862154902382) THEN
+        RETURN;
+    END IF;
+    IF largest > sample_size THEN
+        sample := ARRAY(
+            SELECT chunk_id FROM chunk_terms WHERE chunk_id = ANY (ARRAY(
+                SELECT 1 + floor(random() * largest)::bigint FROM generate_series(1, sample_size)
+            ))
+        );
+    END IF;
+    -- All of few; and where most ids are gone, the newest.
+    IF coalesce(cardinality(sample), 0) < sample_size / 10 THEN
+        sample := ARRAY(SELECT chunk_id FROM chunk_terms ORDER BY chunk_id DESC LIMIT sample_size);
+    END IF;
+    DELETE FROM term_frequencies;
+    INSERT INTO term_frequencies (term, frequency)
+    SELECT '', largest
+    UNION ALL (
+        SELECT word, ndoc::double precision / cardinality(sample)
+        FROM ts_stat(format('SELECT terms FROM chunk_terms WHERE chunk_id = ANY (%L::bigint[])', sample))
+        WHERE word NOT LIKE '#%' AND (ndoc > 1 OR cardinality(sample) < sample_size / 10)
+        ORDER BY ndoc DESC, word
+        LIMIT 10000
+    );
+END
+$$"""
+
+
+# Uncompressed: a search reads the terms of its best candidates.
+TERMS_STORAGE: Final = "ALTER TABLE chunk_terms ALTER COLUMN terms SET STORAGE EXTERNAL"
+
 # In the row itself and not beside it: an exact scan reads one page where it read two or three.
 VECTOR_STORAGE: Final = "ALTER TABLE knowledge_chunks ALTER COLUMN embedding SET STORAGE PLAIN"
 
@@ -304,3 +398,5 @@ def _finish(_: MetaData, connection: Connection, **__: Any) -> None:
     connection.exec_driver_sql(TOUCH_FUNCTION)
     connection.exec_driver_sql(TOUCH_TRIGGER)
     connection.exec_driver_sql(VECTOR_STORAGE)
+    connection.exec_driver_sql(TERMS_STORAGE)
+    connection.exec_driver_sql(REFRESH_TERMS_FUNCTION)

@@ -7,7 +7,7 @@ from sqlalchemy import ARRAY, BigInteger, ColumnElement, Integer, bindparam, fun
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.columns import AnyRow, AnySelect, HalfVector, VectorLike, pack_vector
-from kotonoha_store.database import ensure_halfvec, translated
+from kotonoha_store.database import ensure_codecs, translated
 from kotonoha_store.errors import InvalidInputError, ModelMismatchError
 from kotonoha_store.models import KnowledgeChunk, KnowledgeSource
 from kotonoha_store.records import SearchFilters, SearchHit, SearchResult
@@ -65,7 +65,7 @@ class SearchRepository:
         conditions = _conditions(filters)
         own = [*conditions, KnowledgeChunk.embedding.is_not(None), KnowledgeChunk.embedding_model == model]
         parameters = {"query": pack_vector(query), "top_k": top_k}
-        await ensure_halfvec(self._session)
+        await ensure_codecs(self._session)
 
         plan: Plan = "index" if filters.is_empty else await self._plan(own)
         rows = await self._run(plan, own, parameters)
