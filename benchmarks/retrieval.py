@@ -44,12 +44,22 @@ CATEGORIES: Final = {1: "several hops", 2: "time", 3: "open domain", 4: "single 
 SearchMode = Callable[[Store, str, SearchFilters], Awaitable[SearchResult]]
 
 
+async def search_words(store: Store, question: str, filters: SearchFilters) -> SearchResult:
+    """Search by words alone."""
+    return await store.search(question, mode="words", top_k=TOP_K, filters=filters)
+
+
 async def search_vectors(store: Store, question: str, filters: SearchFilters) -> SearchResult:
     """Search by meaning alone."""
     return await store.search(question, threshold=None, top_k=TOP_K, filters=filters)
 
 
-MODES: Final[dict[str, SearchMode]] = {"vector": search_vectors}
+async def search_hybrid(store: Store, question: str, filters: SearchFilters) -> SearchResult:
+    """Search by both."""
+    return await store.search(question, mode="hybrid", top_k=TOP_K, filters=filters)
+
+
+MODES: Final[dict[str, SearchMode]] = {"words": search_words, "vector": search_vectors, "hybrid": search_hybrid}
 """The ways of searching that are measured, by the name that stands in the figures."""
 
 

@@ -19,6 +19,7 @@ from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from kotonoha_store import embedded
 from kotonoha_store.columns import pack_vector, unpack_vector
@@ -302,6 +303,17 @@ class Database:
             yield await connection.execution_options(isolation_level="AUTOCOMMIT")
         finally:
             await connection.close()
+
+    @asynccontextmanager
+    async def driver(self) -> AsyncIterator[Any]:
+        """The driver's own connection, from the pool and in autocommit: for single statements at full speed."""
+        self._refuse_if_closed()
+        with translated_errors():
+            pooled = await self.engine.raw_connection()
+        try:
+            yield pooled.driver_connection
+        finally:
+            await greenlet_spawn(pooled.close)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

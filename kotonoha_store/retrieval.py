@@ -1,36 +1,78 @@
 """Search in long-term memory: :class:`SearchRepository`."""
 
-from numbers import Real
-from typing import Any, Final
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any, Final, Literal
 
-from sqlalchemy import ARRAY, BigInteger, ColumnElement, Integer, bindparam, func, literal, select, text
+import numpy as np
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from kotonoha_store.columns import AnyRow, AnySelect, HalfVector, VectorLike, pack_vector
+from kotonoha_store import search_statements as statements
+from kotonoha_store.columns import VectorLike, pack_vector
 from kotonoha_store.database import ensure_codecs, translated
-from kotonoha_store.errors import InvalidInputError, ModelMismatchError
-from kotonoha_store.models import KnowledgeChunk, KnowledgeSource
-from kotonoha_store.records import SearchFilters, SearchHit, SearchResult
-from kotonoha_store.selectivity import EXACT_LIMIT, Plan, choose_plan, ef_search
+from kotonoha_store.diversity import spread_out
+from kotonoha_store.errors import ModelMismatchError
+from kotonoha_store.filters import EVERYTHING as EVERYTHING_SHAPE
+from kotonoha_store.records import (
+    AnyFilters,
+    Fusion,
+    Neighbour,
+    SearchFilters,
+    SearchHit,
+    SearchResult,
+    SearchTimings,
+    SourceType,
+    check_text,
+)
+from kotonoha_store.search_request import Asked, Match, Options, Words, check_query, check_search
+from kotonoha_store.search_statements import Prepared, WordPlan
+from kotonoha_store.selectivity import (
+    EVERYTHING,
+    EXACT,
+    EXACT_LIMIT,
+    EXACT_LIMIT_OF_RARE,
+    Effort,
+    Selectivity,
+    SelectivityCache,
+    VectorPlan,
+    choose_plan,
+)
 
-TOP_K_MAX: Final = 1000
-"""More rows than pgvector's index can keep in mind (``hnsw.ef_search`` <= 1000) cannot be found through it."""
+# Of how many pages the share that a filter keeps is estimated, some two chunks each.
+_SAMPLED_PAGES: Final = 600
 
-_QUERY: Final = bindparam("query", type_=HalfVector())
-_TOP_K: Final = bindparam("top_k", type_=Integer())
+# How many rows of the words' index may be read when the heaviest words found too little.
+_LAST_BUDGET: Final = 100_000.0
 
 
 class SearchRepository:
-    """Searches on the caller's transaction.
+    """Searches on the caller's transaction, or on a connection of the driver.
+
+    A search names its scope (guild, channel, thread, user, sources or sessions) or says ``everywhere=True``.
 
     Every method raises :class:`~kotonoha_store.errors.StoreUnavailableError` when the database does not
     answer and :class:`~kotonoha_store.errors.SchemaOutdatedError` when it was not migrated.
     """
 
-    def __init__(self, session: AsyncSession, *, exact_limit: int = EXACT_LIMIT) -> None:
-        """``exact_limit``: up to how many candidates every one is compared."""
-        self._session = session
+    def __init__(
+        self,
+        session: AsyncSession | Any,
+        *,
+        exact_limit: int = EXACT_LIMIT,
+        selectivities: SelectivityCache | None = None,
+    ) -> None:
+        """
+        Args:
+            session: SQLAlchemy's AsyncSession, or a connection of asyncpg that knows ``halfvec``.
+            exact_limit: up to how many candidates every one is compared.
+            selectivities: what is known of filters, shared by searches one after another.
+        """
+        self._runner = _SessionRunner(session) if isinstance(session, AsyncSession) else _DriverRunner(session)
         self._exact_limit = exact_limit
+        self._selectivities = SelectivityCache() if selectivities is None else selectivities
 
     @translated
     async def nearest(
@@ -39,9 +81,13 @@ class SearchRepository:
         *,
         model: str,
         top_k: int = 10,
+        offset: int = 0,
         threshold: float | None = None,
-        filters: SearchFilters | None = None,
+        filters: AnyFilters | None = None,
         everywhere: bool = False,
+        effort: Effort = "balanced",
+        diversity: float | None = None,
+        neighbours: int = 0,
     ) -> SearchResult:
         """Return the chunks nearest in meaning: similarity is 1 - cosine distance, highest first.
 
@@ -50,189 +96,352 @@ class SearchRepository:
 
         Args:
             query: shape (1536,), made by ``model``; vectors of other models are not compared.
-            top_k: 1 to 1000.
+            top_k: 1 to 1000, together with ``offset``.
+            offset: how many of the nearest to pass over, for the next page.
             threshold: least similarity, in [-1, 1]; None for none.
-            filters: must name a scope (guild, channel, thread, user or sources) unless ``everywhere``.
+            filters: must name a scope unless ``everywhere``.
             everywhere: search all that is stored, of every guild and user.
+            effort: how thoroughly the index is searched: ``fast``, ``balanced``, ``thorough``; ``exact`` compares
+                every candidate.
+            diversity: 0 to 1: hits that differ from each other (maximal marginal relevance), the more the higher.
+            neighbours: how many chunks before and after each hit to bring along, 0 to 20.
 
         Raises:
-            InvalidInputError: no scope was named, or top_k or threshold is out of range.
+            InvalidInputError: no scope was named, or a value is out of range.
             InvalidVectorError: the query cannot be compared: dimension, NaN, zero.
             ModelMismatchError: there are vectors in this scope, but none of ``model``.
         """
+        started = perf_counter()
         filters = SearchFilters() if filters is None else filters
-        check_search(top_k, threshold, filters, everywhere)
-        conditions = _conditions(filters)
-        own = [*conditions, KnowledgeChunk.embedding.is_not(None), KnowledgeChunk.embedding_model == model]
-        parameters = {"query": pack_vector(query), "top_k": top_k}
-        await ensure_codecs(self._session)
+        options = check_search(
+            top_k,
+            threshold,
+            filters,
+            everywhere,
+            offset=offset,
+            effort=effort,
+            diversity=diversity,
+            neighbours=neighbours,
+        )
+        check_text(model, "model")
+        asked = Asked.by(filters)
+        candidates = options.candidates(top_k + offset)
+        values = {
+            **asked.values,
+            **options.page,
+            "query": pack_vector(query),
+            "model": model,
+            "candidates": candidates,
+        }
 
-        plan: Plan = "index" if filters.is_empty else await self._plan(own)
-        rows = await self._run(plan, own, parameters)
-        complete = True
-        if plan == "index" and len(rows) < top_k:
-            # The index gave up before it had enough. Few enough candidates are compared one by one.
-            plan = await self._plan(own)
-            complete = plan == "exact"
-            rows = await self._run(plan, own, parameters) if complete else rows
+        def prepared(plan: VectorPlan) -> Prepared:
+            return statements.nearest(plan.name, asked.shape, with_vectors=options.is_diverse)
+
+        plan = await self._vector_plan(asked, candidates, effort)
+        rows, plan, complete = await self._by_meaning(prepared, plan, values, asked)
         # No rows of an index that gave up do not mean that there are none.
-        if not rows and complete:
-            await self._refuse_other_models(conditions, model)
-        hits = tuple(_hit(row) for row in rows if threshold is None or row.similarity >= threshold)
-        return SearchResult(
-            hits=hits, plan=plan, complete=complete, hidden_by_threshold=len(rows) - len(hits), model=model
+        if not rows and complete and not offset:
+            await self._refuse_other_models(asked, model)
+        return await self._result(rows, plan.name, complete, model, options, started)
+
+    @translated
+    async def matching(
+        self,
+        query: str,
+        *,
+        match: Match = "any",
+        top_k: int = 10,
+        offset: int = 0,
+        filters: AnyFilters | None = None,
+        everywhere: bool = False,
+        neighbours: int = 0,
+    ) -> SearchResult:
+        """Return the chunks that hold the query's words, in the text or its source's title.
+
+        What stands in double quotes must occur as it stands (width and case aside), within words too. Ranked
+        by how many distinct words of the query a chunk holds and how rare they are. Chunks that wait for their
+        vector are found as well. A query without letters, digits or pictures finds nothing.
+
+        Args:
+            query: at most its first 10,000 characters take part, and of its words the 64 heaviest.
+            match: ``any`` of the words, or ``all`` of them.
+            top_k, offset, filters, everywhere, neighbours: as for :meth:`nearest`.
+
+        Raises:
+            InvalidInputError: a blank query, no scope was named, or a value is out of range.
+        """
+        started = perf_counter()
+        filters = SearchFilters() if filters is None else filters
+        options = check_search(top_k, None, filters, everywhere, offset=offset, neighbours=neighbours)
+        words = Words.of(check_query(query), match)
+        if words.query.is_empty:
+            return SearchResult((), "words", True, 0, None)
+        asked = Asked.by(filters)
+        values = {
+            **asked.values,
+            **options.page,
+            **words.values(candidates=top_k + offset),
+            "scope_size": await self._scope_size(asked),
+        }
+        rows, complete = await self._by_words(words, asked, values)
+        return await self._result(rows, "words", complete, None, options, started)
+
+    @translated
+    async def hybrid(
+        self,
+        query: str,
+        vector: VectorLike,
+        *,
+        model: str,
+        top_k: int = 10,
+        offset: int = 0,
+        threshold: float | None = None,
+        filters: AnyFilters | None = None,
+        everywhere: bool = False,
+        effort: Effort = "balanced",
+        fusion: Fusion | None = None,
+        diversity: float | None = None,
+        neighbours: int = 0,
+    ) -> SearchResult:
+        """Return the chunks that meaning and words together find best, in one statement.
+
+        The ranks of both are fused (:class:`Fusion`). What only the words found has its true similarity, too.
+
+        Args:
+            query: as for :meth:`matching`; phrases in quotes must occur in what the words find.
+            vector: of the same query, as for :meth:`nearest`, and so are the other arguments.
+            threshold: hides hits whose similarity is less.
+            fusion: weights, k and how many candidates of each side are fused (at least ``top_k``).
+
+        Raises:
+            InvalidInputError: a blank query, no scope was named, or a value is out of range.
+            InvalidVectorError: the vector cannot be compared: dimension, NaN, zero.
+            ModelMismatchError: there are vectors in this scope, but none of ``model``.
+        """
+        started = perf_counter()
+        filters = SearchFilters() if filters is None else filters
+        fusion = Fusion() if fusion is None else fusion
+        options = check_search(
+            top_k,
+            threshold,
+            filters,
+            everywhere,
+            offset=offset,
+            effort=effort,
+            diversity=diversity,
+            neighbours=neighbours,
         )
+        check_text(model, "model")
+        words = Words.of(check_query(query), "any")
+        asked = Asked.by(filters)
+        candidates = max(fusion.candidates, options.candidates(top_k))
+        values = {
+            **asked.values,
+            **options.page,
+            **words.values(candidates=candidates),
+            "query": pack_vector(vector),
+            "model": model,
+            "k": fusion.k,
+            "words_weight": fusion.words,
+            "meaning_weight": fusion.meaning,
+            "neighbour_penalty": fusion.neighbour_penalty,
+            "scope_size": await self._scope_size(asked),
+        }
 
-    async def _plan(self, conditions: list[ColumnElement[bool]]) -> Plan:
-        counted = select(text("1")).select_from(KnowledgeChunk).where(*conditions).limit(self._exact_limit + 1)
-        count = (await self._session.execute(select(func.count()).select_from(counted.subquery()))).scalar_one()
-        return choose_plan(count, exact_limit=self._exact_limit)
+        def prepared(plan: VectorPlan) -> Prepared:
+            return statements.hybrid(plan.name, words.shape(asked, words.plan), with_vectors=options.is_diverse)
 
-    async def _run(self, plan: Plan, conditions: list[ColumnElement[bool]], parameters: dict[str, Any]) -> list[AnyRow]:
-        if plan == "exact":
-            return list((await self._session.execute(_exact(conditions), parameters)).all())
-        await self._session.execute(_index_settings(), {"ef_search": str(ef_search(parameters["top_k"]))})
-        return list((await self._session.execute(_through_index(conditions), parameters)).all())
+        plan = await self._vector_plan(asked, candidates, effort)
+        rows, _, complete = await self._by_meaning(prepared, plan, values, asked)
+        if not rows and complete and not offset:
+            await self._refuse_other_models(asked, model)
+        return await self._result(rows, "hybrid", complete, model, options, started)
 
-    async def _refuse_other_models(self, conditions: list[ColumnElement[bool]], model: str) -> None:
-        statement = (
-            select(KnowledgeChunk.embedding_model)
-            .where(*conditions, KnowledgeChunk.embedding.is_not(None), KnowledgeChunk.embedding_model != model)
-            .limit(1)
-        )
-        other = (await self._session.execute(statement)).scalar_one_or_none()
-        if other is not None:
+    async def _by_meaning(
+        self, prepared: Callable[[VectorPlan], Prepared], plan: VectorPlan, values: dict[str, Any], asked: Asked
+    ) -> tuple[Sequence[Any], VectorPlan, bool]:
+        rows = await self._runner.fetch(prepared(plan), values | {"ef_search": str(plan.ef_search)})
+        if plan is EXACT or len(rows) >= values["top_k"]:
+            return rows, plan, True
+        # The index gave up before it had enough. Few enough candidates are compared one by one.
+        limit = self._exact_limit * (EXACT_LIMIT_OF_RARE // EXACT_LIMIT)
+        if await self._count(asked, limit + 1) > limit:
+            return rows, plan, False
+        return await self._runner.fetch(prepared(EXACT), values), EXACT, True
+
+    async def _by_words(self, words: Words, asked: Asked, values: dict[str, Any]) -> tuple[Sequence[Any], bool]:
+        found = words.shape(asked, words.plan)
+        rows = await self._runner.fetch(statements.matching(found), values)
+        if len(rows) >= values["top_k"]:
+            return rows, True
+        if words.plan == "any":
+            if await self._all_selected(values):
+                return rows, True
+            values |= {"selecting": statements.QUERY_TERMS, "budget": _LAST_BUDGET}
+            rows = await self._runner.fetch(statements.matching(found), values)
+            return rows, len(rows) >= values["top_k"] or await self._all_selected(values)
+        if words.is_guess:
+            certain = words.certain
+            values |= {"required": certain}
+            plan: WordPlan = "required" if certain else "scan"
+            rows = await self._runner.fetch(statements.matching(words.shape(asked, plan)), values)
+        return rows, True
+
+    async def _all_selected(self, values: Mapping[str, Any]) -> bool:
+        """Whether chunks were looked for by every term of the query."""
+        (row,) = await self._runner.fetch(statements.selected_terms(), values)
+        return bool(row[0] == len(values["terms"]))
+
+    async def _vector_plan(self, asked: Asked, top_k: int, effort: Effort) -> VectorPlan:
+        if effort == "exact":
+            return EXACT
+        selectivity = await self._selectivity(asked)
+        return choose_plan(selectivity, top_k=top_k, effort=effort, exact_limit=self._exact_limit)
+
+    async def _scope_size(self, asked: Asked) -> float:
+        return (await self._selectivity(asked)).count if asked.scope else float("inf")
+
+    async def _selectivity(self, asked: Asked) -> Selectivity:
+        if asked.shape == EVERYTHING_SHAPE:
+            return EVERYTHING
+        if (known := self._selectivities.get(asked.filters)) is not None:
+            return known
+        count = await self._count(asked, self._exact_limit + 1)
+        found = Selectivity(count) if count <= self._exact_limit else await self._sampled(asked, count)
+        self._selectivities.put(asked.filters, found)
+        return found
+
+    async def _count(self, asked: Asked, limit: int) -> int:
+        (row,) = await self._runner.fetch(statements.count_up_to(asked.shape), asked.values | {"limit": limit})
+        return int(row[0])
+
+    async def _sampled(self, asked: Asked, at_least: int) -> Selectivity:
+        (size,) = await self._runner.fetch(statements.table_pages(), {})
+        percent = min(100.0, 100.0 * _SAMPLED_PAGES / max(size[0], 1))
+        (row,) = await self._runner.fetch(statements.sampled(asked.shape), asked.values | {"percent": percent})
+        kept, seen = row
+        share = kept / seen if seen else 1.0
+        return Selectivity(count=max(at_least, kept * 100.0 / percent), share=share)
+
+    async def _refuse_other_models(self, asked: Asked, model: str) -> None:
+        rows = await self._runner.fetch(statements.other_model(asked.shape), asked.values | {"model": model})
+        if rows:
             raise ModelMismatchError(
-                f"the query was embedded by {model!r}, but the vectors in this scope by {other!r}; "
+                f"the query was embedded by {model!r}, but the vectors in this scope by {rows[0][0]!r}; "
                 "vectors of different models cannot be compared: search with that model, or embed the chunks again"
             )
 
-
-def check_search(top_k: int, threshold: float | None, filters: SearchFilters, everywhere: bool) -> None:
-    """Refuse what no search can be made of.
-
-    Raises:
-        InvalidInputError: no scope was named, or top_k or threshold is out of range.
-    """
-    if not isinstance(filters, SearchFilters):
-        raise InvalidInputError(f"filters must be SearchFilters(...), not {type(filters).__name__}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= TOP_K_MAX:
-        raise InvalidInputError(f"top_k must be a whole number from 1 to {TOP_K_MAX}, got {top_k!r}")
-    if threshold is not None and not _is_similarity(threshold):
-        raise InvalidInputError(f"threshold is a similarity, from -1 to 1 (or None for none), got {threshold!r}")
-    if not everywhere and not filters.names_scope:
-        raise InvalidInputError(
-            "name the scope to search: filters=SearchFilters(guild_id=...), or channel_id, thread_id, user_id, "
-            "source_ids; or say everywhere=True to search all that is stored"
+    async def _result(
+        self,
+        rows: Sequence[Any],
+        plan: Literal["exact", "index", "words", "hybrid"],
+        complete: bool,
+        model: str | None,
+        options: Options,
+        started: float,
+    ) -> SearchResult:
+        chosen = _spread(rows, options) if options.is_diverse else rows
+        hits = [_hit(row) for row in chosen if _is_near(row[_SIMILARITY], options.threshold)]
+        if options.neighbours and hits:
+            hits = await self._with_neighbours(hits, options.neighbours)
+        return SearchResult(
+            hits=tuple(hits),
+            plan=plan,
+            complete=complete,
+            hidden_by_threshold=len(chosen) - len(hits),
+            model=model,
+            timings=SearchTimings(0.0, perf_counter() - started),
         )
 
+    async def _with_neighbours(self, hits: Sequence[SearchHit], reach: int) -> list[SearchHit]:
+        ids = [hit.chunk_id for hit in hits]
+        rows = await self._runner.fetch(statements.neighbours(), {"ids": ids, "reach": reach})
+        beside: dict[tuple[int, bool], list[Neighbour]] = defaultdict(list)
+        for hit_id, distance, chunk_id, content, location in rows:
+            beside[hit_id, distance > 0].append(Neighbour(chunk_id, content, _object(location)))
+        return [
+            replace(hit, before=tuple(beside[hit.chunk_id, False]), after=tuple(beside[hit.chunk_id, True]))
+            for hit in hits
+        ]
 
-def _is_similarity(value: object) -> bool:
-    return isinstance(value, Real) and -1 <= float(value) <= 1
+
+class _SessionRunner:
+    """On SQLAlchemy's session: part of the caller's transaction."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def fetch(self, prepared: Prepared, values: Mapping[str, Any]) -> Sequence[Any]:
+        await ensure_codecs(self._session)
+        connection = await self._session.connection()
+        return (await connection.exec_driver_sql(prepared.sql, tuple(prepared.arguments(values)))).all()
 
 
-def _conditions(filters: SearchFilters) -> list[ColumnElement[bool]]:
-    chunk, source = KnowledgeChunk, KnowledgeSource
-    conditions: list[ColumnElement[bool]] = [
-        getattr(chunk, name) == value
-        for name in ("guild_id", "channel_id", "thread_id", "user_id")
-        if (value := getattr(filters, name)) is not None
+class _DriverRunner:
+    """On the driver itself: half of what SQLAlchemy does for a row is more than the row costs here."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    async def fetch(self, prepared: Prepared, values: Mapping[str, Any]) -> Sequence[Any]:
+        rows: Sequence[Any] = await self._connection.fetch(prepared.sql, *prepared.arguments(values))
+        return rows
+
+
+# The columns of search_statements._with_details().
+_SIMILARITY: Final = 6
+_VECTOR: Final = 12
+
+
+def _hit(row: Sequence[Any]) -> SearchHit:
+    chunk_id, source_id, source_type, title, uri, content, similarity, score, location, metadata, since, until = row[
+        :12
     ]
-    if filters.source_ids is not None:
-        # One array: of single parameters a statement takes 32,767 only.
-        conditions.append(chunk.source_id == func.any(literal(list(filters.source_ids), ARRAY(BigInteger))))
-    if filters.since is not None:
-        conditions.append(chunk.occurred_to >= filters.since)
-    if filters.until is not None:
-        conditions.append(chunk.occurred_from < filters.until)
-    of_source: list[ColumnElement[bool]] = []
-    if filters.source_types is not None:
-        of_source.append(source.type.in_(filters.source_types))
-    if filters.metadata is not None:
-        of_source.append(source.source_metadata.contains(filters.metadata))
-    if of_source:
-        conditions.append(chunk.source_id.in_(select(source.id).where(*of_source)))
-    return conditions
-
-
-def _index_settings() -> AnySelect:
-    """For this transaction only: behind a pooler a setting of the session would reach other clients.
-
-    Iterative scans also where nothing is filtered, since dead rows take the index's slots.
-    """
-    return select(
-        func.set_config("hnsw.iterative_scan", "relaxed_order", text("true")),
-        func.set_config("hnsw.ef_search", bindparam("ef_search"), text("true")),
-    )
-
-
-def _exact(conditions: list[ColumnElement[bool]]) -> AnySelect:
-    """Distance to every candidate. Materialized, so that the planner cannot take the index after all."""
-    candidates = (
-        select(KnowledgeChunk.id, KnowledgeChunk.embedding.cosine_distance(_QUERY).label("distance"))
-        .where(*conditions)
-        .cte("candidates")
-        .prefix_with("MATERIALIZED", dialect="postgresql")
-    )
-    nearest = select(candidates).order_by(candidates.c.distance, candidates.c.id).limit(_TOP_K).cte("nearest")
-    return _with_details(nearest)
-
-
-def _through_index(conditions: list[ColumnElement[bool]]) -> AnySelect:
-    """ORDER BY the bare distance, ascending: anything else loses the index, on PostgreSQL 16 even an id after it.
-
-    So equal distances are ordered by id among the rows returned; which of them are is up to the index.
-    """
-    distance = KnowledgeChunk.embedding.cosine_distance(_QUERY)
-    nearest = (
-        select(KnowledgeChunk.id, distance.label("distance"))
-        .where(*conditions)
-        .order_by(distance)
-        .limit(_TOP_K)
-        .cte("nearest")
-        .prefix_with("MATERIALIZED", dialect="postgresql")
-    )
-    return _with_details(nearest)
-
-
-def _with_details(nearest: Any) -> AnySelect:
-    chunk, source = KnowledgeChunk, KnowledgeSource
-    return (
-        select(
-            chunk.id,
-            chunk.source_id,
-            chunk.content,
-            chunk.location,
-            chunk.occurred_from,
-            chunk.occurred_to,
-            source.type,
-            source.title,
-            source.uri,
-            source.source_metadata,
-            (1 - nearest.c.distance).label("similarity"),
-        )
-        .select_from(nearest)
-        .join(chunk, chunk.id == nearest.c.id)
-        .join(source, source.id == chunk.source_id)
-        # + 0: a relaxed scan may claim an order that it does not keep, and the sort be optimised away.
-        .order_by(nearest.c.distance + 0, nearest.c.id)
-    )
-
-
-def _hit(row: AnyRow) -> SearchHit:
-    # Other programs may have written anything.
-    location = row.location if isinstance(row.location, dict) else {}
-    metadata = row.source_metadata if isinstance(row.source_metadata, dict) else {}
+    place = _object(location)
     return SearchHit(
-        chunk_id=row.id,
-        source_id=row.source_id,
-        source_type=row.type,
-        title=row.title,
-        url=location.get("url") or row.uri,
-        content=row.content,
-        similarity=float(row.similarity),
-        location=location,
-        metadata=metadata,
-        occurred_from=row.occurred_from,
-        occurred_to=row.occurred_to,
+        chunk_id=chunk_id,
+        source_id=source_id,
+        source_type=SourceType(source_type),
+        title=title,
+        url=place.get("url") or uri,
+        content=content,
+        similarity=similarity,
+        score=score,
+        location=place,
+        metadata=_object(metadata),
+        occurred_from=since,
+        occurred_to=until,
     )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """JSON as the driver gives it. Other programs may have written anything."""
+    found = json.loads(value) if isinstance(value, str) else value
+    return found if isinstance(found, dict) else {}
+
+
+def _is_near(similarity: float | None, threshold: float | None) -> bool:
+    # What was not compared was found by its words.
+    return threshold is None or similarity is None or similarity >= threshold
+
+
+def _spread(rows: Sequence[Any], options: Options) -> list[Any]:
+    """The rows that differ from each other; those without a vector cannot be compared, and are left out."""
+    compared = [row for row in rows if row[_VECTOR] is not None]
+    if not compared or options.diversity is None:
+        return []
+    relevance = _on_scale_of_similarities(compared)
+    vectors = np.stack([row[_VECTOR] for row in compared])
+    chosen = spread_out(vectors, relevance, count=options.top_k, diversity=options.diversity)
+    return [compared[position] for position in chosen]
+
+
+def _on_scale_of_similarities(rows: Sequence[Any]) -> list[float]:
+    """Fused scores spread over the range of the similarities, so that the two can be weighed against each other."""
+    scores = np.array([row[_SIMILARITY + 1] for row in rows])
+    similarities = np.array([row[_SIMILARITY] for row in rows])
+    low, high = scores.min(), scores.max()
+    if high == low:
+        return list(similarities)
+    share = (scores - low) / (high - low)
+    return list(similarities.min() + share * (similarities.max() - similarities.min()))

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from functools import cached_property
-from typing import Any, Final
+from time import perf_counter
+from typing import Any, Final, Literal, TypedDict
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -21,7 +22,9 @@ from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import ConfigurationError, InvalidInputError
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.records import (
+    AnyFilters,
     DocumentResult,
+    Fusion,
     NewChunk,
     Scope,
     SearchFilters,
@@ -29,7 +32,9 @@ from kotonoha_store.records import (
     SourceType,
     check_text,
 )
-from kotonoha_store.retrieval import SearchRepository, check_search
+from kotonoha_store.retrieval import SearchRepository
+from kotonoha_store.search_request import Match, check_query, check_search
+from kotonoha_store.selectivity import Effort, SelectivityCache
 from kotonoha_store.sessions import SessionRepository
 from kotonoha_store.settings import Settings
 from kotonoha_store.worker import EmbeddingWorker
@@ -42,6 +47,28 @@ class _Default(Enum):
 
 
 FROM_SETTINGS: Final = _Default.FROM_SETTINGS
+
+
+SearchMode = Literal["meaning", "words", "hybrid"]
+
+
+class _Page(TypedDict):
+    """What every search takes."""
+
+    top_k: int
+    offset: int
+    filters: AnyFilters | None
+    everywhere: bool
+    neighbours: int
+
+
+class _Ranking(TypedDict):
+    """What searches by meaning take beside that."""
+
+    model: str
+    threshold: float | None
+    effort: Effort
+    diversity: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +95,7 @@ class Store:
         self.database = database
         self.settings = settings
         self._embedder = embedder
+        self._selectivities = SelectivityCache()
 
     @classmethod
     @asynccontextmanager
@@ -110,7 +138,7 @@ class Store:
                 session=session,
                 sessions=SessionRepository(session),
                 knowledge=self._knowledge(session),
-                search=SearchRepository(session),
+                search=self._search(session),
             )
 
     @property
@@ -212,21 +240,36 @@ class Store:
         self,
         query: str | VectorLike,
         *,
+        mode: SearchMode = "meaning",
         top_k: int | None = None,
+        offset: int = 0,
         threshold: float | _Default | None = FROM_SETTINGS,
-        filters: SearchFilters | None = None,
+        filters: AnyFilters | None = None,
         everywhere: bool = False,
         model: str | None = None,
+        effort: Effort = "balanced",
+        match: Match = "any",
+        fusion: Fusion | None = None,
+        diversity: float | None = None,
+        neighbours: int = 0,
     ) -> SearchResult:
-        """Find the chunks nearest to a text, or to a vector, in meaning.
+        """Find chunks by meaning, by words, or by both.
 
         Args:
-            query: a text, embedded here, or a vector of shape (1536,).
+            query: a text, embedded here, or (by meaning) a vector of shape (1536,).
+            mode: ``meaning``: :meth:`SearchRepository.nearest`; ``words``: :meth:`SearchRepository.matching`, which
+                needs no embedder; ``hybrid``: :meth:`SearchRepository.hybrid`, which finds the most.
             top_k: at most so many hits; KB_DEFAULT_TOP_K by default.
-            threshold: least similarity; KB_SIMILARITY_THRESHOLD by default, None for none. The right
+            offset: how many of the first hits to pass over, for the next page.
+            threshold: least similarity; by meaning KB_SIMILARITY_THRESHOLD by default, else none. The right
                 value depends on the model: 0.7 hides most true hits of text-embedding-3-small.
             filters: what to search in; must name a scope unless ``everywhere``.
             model: which model made the vector given as query; the store's embedder's by default.
+            effort: ``fast``, ``balanced``, ``thorough`` or ``exact``: how thoroughly the index is searched.
+            match: by words: ``any`` or ``all`` of them.
+            fusion: hybrid: how meaning and words are weighed.
+            diversity: by meaning or hybrid, 0 to 1: hits that differ from each other.
+            neighbours: how many chunks before and after each hit to bring along.
 
         Raises:
             InvalidInputError: no scope, a blank query, or a value out of range.
@@ -235,26 +278,55 @@ class Store:
             EmbeddingError: the query could not be embedded.
         """
         top_k = self.settings.kb_default_top_k if top_k is None else top_k
-        threshold = self.settings.kb_similarity_threshold if isinstance(threshold, _Default) else threshold
+        if isinstance(threshold, _Default):
+            threshold = self.settings.kb_similarity_threshold if mode == "meaning" else None
         # Before the embedder is paid for an answer that nobody will use.
-        check_search(top_k, threshold, SearchFilters() if filters is None else filters, everywhere)
+        check_search(
+            top_k,
+            threshold,
+            SearchFilters() if filters is None else filters,
+            everywhere,
+            offset=offset,
+            effort=effort,
+            diversity=diversity,
+            neighbours=neighbours,
+        )
+        _check_mode(query, mode, threshold=threshold, diversity=diversity, match=match, fusion=fusion)
+        page: _Page = {
+            "top_k": top_k,
+            "offset": offset,
+            "filters": filters,
+            "everywhere": everywhere,
+            "neighbours": neighbours,
+        }
+        if mode == "words":
+            async with self._searching() as search:
+                return await search.matching(str(query), match=match, **page)
+        started = perf_counter()
         if isinstance(query, str):
-            if not check_text(query, "query").strip():
-                raise InvalidInputError("the query is blank; there is nothing to search for")
             model = self.embedder.model
             # Before a connection is taken: none is held while the embedder works.
-            vector: VectorLike = await self.embedder.embed_query(query)
+            vector: VectorLike = await self.embedder.embed_query(check_query(query))
         else:
             vector, model = query, model or self.embedder.model
-        async with self.begin() as tx:
-            return await tx.search.nearest(
-                vector,
-                model=model,
-                top_k=top_k,
-                threshold=threshold,
-                filters=filters,
-                everywhere=everywhere,
-            )
+        embedding = perf_counter() - started
+        ranking: _Ranking = {"model": model, "threshold": threshold, "effort": effort, "diversity": diversity}
+        async with self._searching() as search:
+            if mode == "meaning":
+                result = await search.nearest(vector, **ranking, **page)
+            else:
+                result = await search.hybrid(str(query), vector, fusion=fusion, **ranking, **page)
+        return replace(result, timings=replace(result.timings, embedding=embedding))
+
+    @asynccontextmanager
+    async def _searching(self) -> AsyncIterator[SearchRepository]:
+        async with self.database.driver() as connection:
+            yield self._search(connection)
+
+    def _search(self, connection: AsyncSession | Any) -> SearchRepository:
+        return SearchRepository(
+            connection, exact_limit=self.settings.kb_exact_search_limit, selectivities=self._selectivities
+        )
 
     def _knowledge(self, session: AsyncSession) -> KnowledgeRepository:
         return KnowledgeRepository(
@@ -283,3 +355,19 @@ class Store:
             )
             for index, piece in enumerate(pieces)
         ]
+
+
+def _check_mode(query: object, mode: str, **given: Any) -> None:
+    """Refuse what the mode would pass over in silence."""
+    if mode not in ("meaning", "words", "hybrid"):
+        raise InvalidInputError(f"mode must be meaning, words or hybrid, got {mode!r}")
+    if mode != "meaning" and not isinstance(query, str):
+        raise InvalidInputError(f"a search by {mode} needs the query as text")
+    meaningless: dict[str, dict[str, Any]] = {
+        "meaning": {"match": "any", "fusion": None},
+        "words": {"threshold": None, "diversity": None, "fusion": None},
+        "hybrid": {"match": "any"},
+    }
+    for name, default in meaningless[mode].items():
+        if given[name] != default:
+            raise InvalidInputError(f"{name} has no meaning in a search by {mode}; leave it out or choose another mode")

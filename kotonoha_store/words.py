@@ -66,14 +66,21 @@ class Words:
     """What is kept of a chunk to find it by word.
 
     Attributes:
-        terms: distinct terms of title and content.
+        pairs: distinct terms of writing without spaces, and pictures.
+        words: distinct words and stems that occur once.
         repeated: those that occur more than once.
         folded: title and content as phrases are looked up in them; None where folding changed nothing.
     """
 
-    terms: frozenset[str]
+    pairs: frozenset[str]
+    words: frozenset[str]
     repeated: frozenset[str]
     folded: str | None
+
+    @property
+    def terms(self) -> frozenset[str]:
+        """All of them."""
+        return self.pairs | self.words | self.repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +117,17 @@ class WordQuery:
         """Whether there is nothing to look for: no letter, digit or picture."""
         return not self.terms and not self.phrases
 
-    def lookups(self) -> list[str]:
-        """The tsquery (as text) of each term, in order."""
+    def lookups(self, terms: Iterable[str]) -> list[str]:
+        """The tsquery (as text) of each of these terms, in order."""
         if len(self.terms) == 1 and _is_lone(term := next(iter(self.terms))):
             # Wherever it stands: as the first of a pair, or the last of its run.
             return [lookup([], [term])]
-        return [lookup([term]) for term in self.terms]
+        return [lookup([term]) for term in terms]
+
+    def repetitions(self) -> list[str]:
+        """What a text also meets that repeats the term, in order; of words only, pairs do not count."""
+        # Of what is in the text already, the negation is never met.
+        return [f"{_quoted(term)}:A" if _runs(term)[0][1] else f"!{_quoted(term)}" for term in self.terms]
 
 
 def fold(text: str) -> str:
@@ -133,22 +145,29 @@ def analyse(title: str, content: str) -> Words:
     """Return the words of a chunk and of its title."""
     text = f"{title}\n{content}"
     folded = fold(text)
-    terms: set[str] = set()
+    pairs: set[str] = set()
+    words: set[str] = set()
     repeated: set[str] = set()
     for joined, word, picture in _runs(folded):
         if joined:
-            terms.update(map(add, joined, joined[1:]))
+            pairs.update(map(add, joined, joined[1:]))
             # So that a single character is found wherever it stands: as a pair's first, or here.
-            terms.add(joined[-1])
+            pairs.add(joined[-1])
         elif word:
             found = _word_terms(word)
-            repeated |= terms & found
-            terms |= found
+            repeated |= words & found
+            words |= found
         else:
-            terms.add(picture)
+            pairs.add(picture)
     if len(text) * 12 > TERMS_MAX_BYTES:
-        terms = _bounded(terms)
-    return Words(frozenset(terms), frozenset(repeated & terms), None if folded == text else folded)
+        pairs, words = _bounded(pairs, words)
+    repeated &= words
+    return Words(
+        pairs=frozenset(pairs),
+        words=frozenset(words - repeated),
+        repeated=frozenset(repeated),
+        folded=None if folded == text else folded,
+    )
 
 
 def parse_query(text: str) -> WordQuery:
@@ -176,9 +195,10 @@ def lookup(terms: Iterable[str], beginnings: Iterable[str] = ()) -> str:
 
 
 def terms_literal(words: Words, scope: Iterable[str] = ()) -> str:
-    """Return the ``tsvector`` as text. Repeated terms have the weight A."""
-    marked = (f"{_quoted(term)}:1A" if term in words.repeated else _quoted(term) for term in words.terms)
-    return " ".join([*marked, *map(_quoted, scope)])
+    """Return the ``tsvector`` as text. Words have a position, so that those that are repeated can have a weight (A)."""
+    # A term without any position would meet every weight that is asked for.
+    marked = {"": [*words.pairs, *scope], ":1": words.words, ":1A": words.repeated}
+    return " ".join(f"{_quoted(term)}{mark}" for mark, terms in marked.items() for term in terms)
 
 
 def pack_terms(words: Words, scope: Iterable[str] = ()) -> bytes:
@@ -187,10 +207,14 @@ def pack_terms(words: Words, scope: Iterable[str] = ()) -> bytes:
     The format (``tsvectorsend`` in ``src/backend/utils/adt/tsvector.c``): the number of terms, then of each its
     text, a zero byte, the number of positions, and the positions, with the weight in the upper two bits.
     """
-    plain = [*(words.terms - words.repeated), *scope]
-    repeated = list(words.repeated)
-    head = (len(plain) + len(repeated)).to_bytes(4, "big")
-    return head + _terminated(plain, b"\0\0\0") + _terminated(repeated, b"\0\0\x01\xc0\x01")
+    plain = [*words.pairs, *scope]
+    count = len(plain) + len(words.words) + len(words.repeated)
+    return (
+        count.to_bytes(4, "big")
+        + _terminated(plain, b"\0\0\0")
+        + _terminated(words.words, b"\0\0\x01\0\x01")
+        + _terminated(words.repeated, b"\0\0\x01\xc0\x01")
+    )
 
 
 def unpack_terms(data: bytes) -> str:
@@ -208,7 +232,7 @@ def unpack_terms(data: bytes) -> str:
     return " ".join(found)
 
 
-def _terminated(terms: list[str], end: bytes) -> bytes:
+def _terminated(terms: Iterable[str], end: bytes) -> bytes:
     # No term holds a zero: one encoding instead of one for each.
     return "\0".join([*terms, ""]).encode().replace(b"\0", end)
 
@@ -270,15 +294,15 @@ def _cut(word: str) -> str:
     return word.encode()[:TERM_MAX_BYTES].decode(errors="ignore")
 
 
-def _bounded(terms: set[str]) -> set[str]:
+def _bounded(pairs: set[str], words: set[str]) -> tuple[set[str], set[str]]:
     kept: set[str] = set()
     room = TERMS_MAX_BYTES
-    for term in sorted(terms, key=lambda term: (len(term), term)):
+    for term in sorted(pairs | words, key=lambda term: (len(term), term)):
         room -= len(term.encode())
         if room < 0:
             break
         kept.add(term)
-    return kept
+    return pairs & kept, words & kept
 
 
 def _query_terms(text: str) -> dict[str, float]:

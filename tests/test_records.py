@@ -1,7 +1,10 @@
 """What comes in is validated; what was stored by anybody can be read."""
 
+import functools
+import itertools
 import json
 import math
+import operator
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
 from types import MappingProxyType
@@ -14,7 +17,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kotonoha_store import InvalidInputError, Message, Scope, SearchFilters, SourceType
-from kotonoha_store.records import BIGINT_MAX, JSON_MAX_DEPTH, check_json, check_text, in_utc
+from kotonoha_store.records import (
+    BIGINT_MAX,
+    FILTER_MAX_DEPTH,
+    FILTER_MAX_PARTS,
+    JSON_MAX_DEPTH,
+    CombinedFilters,
+    check_json,
+    check_text,
+    in_utc,
+)
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -238,8 +250,32 @@ def test_names_that_are_taken_are_not_overwritten() -> None:
         {"metadata": "x"},
         {"metadata": {"a": "\x00"}},
         {"metadata": {"a": MappingProxyType({})}},
+        {"metadata": {"a": math.nan}},
+        {"metadata": {"a": "\ud800"}},
+        {"metadata": {"\x00": 1}},
+        {"metadata": {1: 1}},
+        {"metadata": [1]},
+        pytest.param({"metadata": {"a": 10**5000}}, id="5001 digits"),
+        {"user_id": -(2**63) - 1},
+        {"thread_id": "5"},
+        {"source_ids": "12"},
+        {"source_ids": [True]},
+        {"source_ids": [1.0]},
+        {"session_key": "one"},
+        {"session_keys": "one"},
+        {"session_keys": b"one"},
+        {"session_keys": [1]},
+        {"session_keys": [None]},
+        {"session_keys": ["a\x00b"]},
+        {"session_keys": ["\ud800"]},
+        {"session_keys": {"one": 1}},
+        {"models": "model-a"},
+        {"models": [b"model-a"]},
+        {"models": ["\udfff"]},
+        {"models": ["\x00"]},
+        {"models": 1},
     ],
-    ids=str,
+    ids=ascii,
 )
 def test_unknown_and_ill_typed_filters_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match=f"invalid SearchFilters: {next(iter(fields))}"):
@@ -253,7 +289,10 @@ def test_filters_are_read() -> None:
         source_types=["web_page", SourceType.DOCUMENT_FILE],
         since="2024-01-01T09:00:00+09:00",
         metadata={"a": [1, "1", None]},
+        session_keys=["会話", "one"],
+        models={"model-a"},
     )
+    assert (filters.session_keys, filters.models) == (("会話", "one"), ("model-a",))
     assert (filters.guild_id, filters.source_ids) == (BIGINT_MAX, (1, 2))
     assert filters.source_types == (SourceType.WEB_PAGE, SourceType.DOCUMENT_FILE)
     assert filters.since == datetime(2024, 1, 1, tzinfo=UTC)
@@ -283,6 +322,10 @@ def test_a_time_range_has_a_beginning_and_an_end() -> None:
         ({"thread_id": 1}, True, False),
         ({"user_id": 1}, True, False),
         ({"source_ids": ()}, True, False),
+        ({"session_keys": ["one"]}, True, False),
+        ({"session_keys": ()}, True, False),
+        ({"models": ["model-a"]}, False, False),
+        ({"models": ()}, False, False),
         ({"source_types": ["web_page"]}, False, False),
         ({"metadata": {"a": 1}}, False, False),
         ({"since": datetime(2024, 1, 1, tzinfo=UTC)}, False, False),
@@ -290,6 +333,149 @@ def test_a_time_range_has_a_beginning_and_an_end() -> None:
 )
 def test_what_names_a_scope(fields: dict[str, Any], names_scope: bool, is_empty: bool) -> None:
     filters = SearchFilters(**fields)
+    assert (filters.names_scope, filters.is_empty) == (names_scope, is_empty)
+
+
+def test_filters_are_compared_by_value() -> None:
+    one, same = (SearchFilters(guild_id=1, metadata={"a": 1, "b": [1]}) for _ in range(2))
+    assert one == same
+    assert len({one, same}) == 1
+    assert one == SearchFilters(guild_id=1, metadata={"b": [1], "a": 1})
+    # Equal to Python, but not to PostgreSQL.
+    assert one != SearchFilters(guild_id=1, metadata={"a": True, "b": [1]})
+    assert one != SearchFilters(guild_id=1, metadata={"a": 1, "b": [True]})
+    assert SearchFilters(metadata={}) != SearchFilters()
+    assert one != ~one != ~~one
+    assert {one & ~same: 1}[same & ~one] == 1
+    assert one != one.model_dump()
+
+
+def test_filters_cannot_be_changed_and_keep_nothing_of_the_callers() -> None:
+    tags = ["x"]
+    filters = SearchFilters(guild_id=1, metadata={"tags": tags})
+    tags.append("y")
+    assert filters.metadata == {"tags": ["x"]}
+    combined = filters | SearchFilters(guild_id=2)
+    for target, name in ((filters, "guild_id"), (combined, "op"), (combined, "parts")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(target, name, None)
+
+
+guild, channel, model = SearchFilters(guild_id=1), SearchFilters(channel_id=2), SearchFilters(models=["model-a"])
+empty = SearchFilters()
+
+
+def test_operators_join_what_they_are_given() -> None:
+    assert guild & channel == CombinedFilters(op="and", parts=(guild, channel))
+    assert guild | channel == CombinedFilters(op="or", parts=[guild, channel])
+    assert ~guild == CombinedFilters(op="not", parts=(guild,))
+    assert ~guild & channel | model == CombinedFilters(
+        op="or", parts=(CombinedFilters(op="and", parts=(~guild, channel)), model)
+    )
+    assert (
+        guild & (channel & model)
+        == (guild & channel) & model
+        == CombinedFilters(op="and", parts=(guild, channel, model))
+    )
+    assert (guild | channel) & model == CombinedFilters(
+        op="and", parts=(CombinedFilters(op="or", parts=(guild, channel)), model)
+    )
+    assert ~~guild == CombinedFilters(op="not", parts=(CombinedFilters(op="not", parts=(guild,)),))
+
+
+@pytest.mark.parametrize(
+    "other", [None, {}, {"guild_id": 1}, 1, True, "x", [guild], {guild}, SearchFilters, Message.user("x")]
+)
+def test_filters_combine_with_filters_only(other: Any) -> None:
+    for filters in (guild, guild | channel):
+        for combine in (operator.and_, operator.or_):
+            for left, right in ((filters, other), (other, filters)):
+                with pytest.raises(InvalidInputError, match=f"expected SearchFilters .*not {type(other).__name__}"):
+                    combine(left, right)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"op": "and", "parts": ()},
+        {"op": "or", "parts": ()},
+        {"op": "not", "parts": ()},
+        {"op": "not", "parts": (guild, channel)},
+        {"op": "xor", "parts": (guild, channel)},
+        {"op": "and", "parts": guild},
+        {"op": "and", "parts": None},
+        {"op": "and", "parts": ({"guild_id": 1},)},
+        {"op": "and", "parts": (guild, None)},
+        {"op": "and"},
+        {"op": "and", "parts": (guild,), "guild_id": 1},
+    ],
+    ids=str,
+)
+def test_combinations_of_nothing_or_of_something_else_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match="invalid CombinedFilters"):
+        CombinedFilters(**fields)
+
+
+def test_combinations_are_bounded() -> None:
+    with pytest.raises(InvalidInputError, match="at least 1 item"):
+        CombinedFilters(op="or", parts=())
+    guilds = [SearchFilters(guild_id=number) for number in range(FILTER_MAX_PARTS)]
+    all_of_them = functools.reduce(operator.or_, guilds)
+    assert len(all_of_them.parts) == FILTER_MAX_PARTS
+    for too_many in (
+        lambda: all_of_them | guild,
+        lambda: all_of_them & guild,
+        lambda: CombinedFilters(op="or", parts=[*guilds, guild]),
+        lambda: CombinedFilters(op="and", parts=(guild for _ in itertools.count())),
+    ):
+        with pytest.raises(InvalidInputError, match="100"):
+            too_many()
+    deep: Any = guild
+    for _ in range(FILTER_MAX_DEPTH):
+        deep = ~deep
+    for too_deep in (lambda: ~deep, lambda: deep & guild, lambda: guild | deep):
+        with pytest.raises(InvalidInputError, match="at most 32 levels"):
+            too_deep()
+
+
+@pytest.mark.parametrize(
+    ("filters", "names_scope", "is_empty"),
+    [
+        (guild & model, True, False),
+        (model & guild, True, False),
+        (model & model, False, False),
+        (guild & empty, True, False),
+        (guild & ~guild, True, False),
+        (guild & (model | empty), True, False),
+        (guild | channel, True, False),
+        (guild | model, False, False),
+        (model | guild, False, False),
+        (guild | empty, False, True),
+        (guild | ~empty, False, False),
+        (guild | ~channel, False, False),
+        (guild & model | channel, True, False),
+        ((guild | model) & channel, True, False),
+        ((guild | model) & (channel | model), False, False),
+        (guild | channel & ~guild, True, False),
+        (~guild, False, False),
+        (~~guild, False, False),
+        (~model, False, False),
+        (~(~guild | ~channel), False, False),
+        (~empty, False, False),
+        (~~empty, False, True),
+        (empty & empty, False, True),
+        (empty | model, False, True),
+        (~(guild & ~empty), False, True),
+        (~(model | ~~empty), False, False),
+        (~(guild & ~guild), False, False),
+        (CombinedFilters(op="or", parts=[model]), False, False),
+        (CombinedFilters(op="or", parts=[guild]), True, False),
+        (CombinedFilters(op="and", parts=[empty]), False, True),
+    ],
+    ids=lambda value: "" if isinstance(value, CombinedFilters) else str(value),
+)
+def test_which_combinations_name_a_scope(filters: CombinedFilters, names_scope: bool, is_empty: bool) -> None:
+    """guild scope is named only where nothing outside of the named scopes can be kept."""
     assert (filters.names_scope, filters.is_empty) == (names_scope, is_empty)
 
 

@@ -1,0 +1,474 @@
+"""The statements of a search, compiled once for each shape of filter.
+
+Every function returns a :class:`Prepared`: SQL as asyncpg takes it, and the order of its arguments. A search
+is one statement, and so one round trip; settings of the index that it needs are made inside of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Final, Literal
+
+from sqlalchemy import (
+    ARRAY,
+    CTE,
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Double,
+    Integer,
+    Numeric,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    exists,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    tablesample,
+    true,
+)
+from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR, asyncpg
+from sqlalchemy.orm import aliased
+
+from kotonoha_store import filters as filter_conditions
+from kotonoha_store.columns import AnySelect, HalfVector
+from kotonoha_store.filters import Shape
+from kotonoha_store.models import ChunkTerms, KnowledgeChunk, KnowledgeSource, TermFrequency
+
+VectorPlan = Literal["exact", "index"]
+WordPlan = Literal["any", "required", "scan"]
+"""By the query's heaviest terms; by what must be there; by reading every text in scope."""
+
+_CACHED_SHAPES: Final = 256
+
+SELECTING_TERMS: Final = 8
+"""How many of a query's terms, the heaviest, a chunk is found by; the others only add to its score.
+
+With 6 to 16 LoCoMo and JSQuAD rank the same (``benchmarks/retrieval.py``); terms in every second chunk would only
+make a search slow.
+"""
+
+_UNSEEN: Final = 0.5
+"""In how many chunks a term is thought to be that no sampled chunk has."""
+
+_REPEATED: Final = 1.25
+"""What a word counts that a chunk repeats, as against once: the saturation of BM25, as far as one bit goes."""
+
+QUERY_TERMS: Final = 64
+"""How many of a query's terms, the heaviest, take part: a pasted page is bounded so."""
+
+_TEXTS: Final = ARRAY(Text)
+_NO_DISTANCE: Final = cast(null(), Double).label("distance")
+_ONE: Final[ColumnElement[float]] = literal_column("1")
+_QUERY: Final = bindparam("query", type_=HalfVector())
+_MODEL: Final = bindparam("model", type_=Text())
+_SCOPE: Final = cast(bindparam("scope", type_=Text()), TSQUERY)
+
+
+@dataclass(frozen=True, slots=True)
+class WordsShape:
+    """What a statement that looks for words is compiled for.
+
+    Attributes:
+        filters: their shape.
+        plan: ``any`` has the parameters budget, selecting and scope_size; ``required`` has required.
+        scoped: whether the parameter scope has terms that every chunk in the filters' scope holds.
+        narrowed: whether the filters ask for more than those terms say.
+        phrases: whether the parameter phrases has texts that must occur.
+    """
+
+    filters: Shape
+    plan: WordPlan
+    scoped: bool = False
+    narrowed: bool = False
+    phrases: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A statement for the driver.
+
+    Attributes:
+        sql: with ``$1`` ... as parameters.
+        names: whose values these are, in order.
+        constants: of those that no search changes.
+    """
+
+    sql: str
+    names: tuple[str, ...]
+    constants: Mapping[str, Any]
+
+    def arguments(self, values: Mapping[str, Any]) -> list[Any]:
+        """The values in the order of the statement's parameters."""
+        return [values[name] if name in values else self.constants[name] for name in self.names]
+
+
+def prepare(statement: Any) -> Prepared:
+    """Compile a statement for asyncpg."""
+    compiled = statement.compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]  # untyped there
+    names = tuple(compiled.positiontup or ())
+    constants = {name: compiled.binds[name].value for name in names if not compiled.binds[name].required}
+    return Prepared(str(compiled), names, constants)
+
+
+@lru_cache(maxsize=_CACHED_SHAPES)
+def nearest(plan: VectorPlan, shape: Shape, *, with_vectors: bool = False) -> Prepared:
+    """The chunks nearest in meaning.
+
+    Parameters: query, model, candidates (how many of the nearest are looked up), top_k, offset; with the index
+    also ef_search.
+    """
+    meaning = _meaning(plan, shape)
+    return prepare(_with_details(_page(meaning, (_ONE - meaning.c.distance).label("score")), with_vectors=with_vectors))
+
+
+@lru_cache(maxsize=_CACHED_SHAPES)
+def matching(words: "WordsShape") -> Prepared:
+    """The chunks that hold the query's words.
+
+    Parameters: terms, factors, lookups, repetitions; candidates (how many are ranked in the end), pool (among how
+    many), top_k, offset; and what :class:`WordsShape` names.
+    """
+    ranked = _words(words)
+    return prepare(_with_details(_page(ranked, ranked.c.score)))
+
+
+@cache
+def selected_terms() -> Prepared:
+    """By how many of the query's terms chunks are looked for with this budget; parameters as for plan ``any``."""
+    return prepare(select(func.count()).select_from(_selecting(_query_terms())))
+
+
+@lru_cache(maxsize=_CACHED_SHAPES)
+def hybrid(plan: VectorPlan, words: "WordsShape", *, with_vectors: bool = False) -> Prepared:
+    """Both, fused by reciprocal rank (Cormack, Clarke, Büttcher 2009): the sum of weight / (k + rank).
+
+    Parameters: those of both; candidates is how many of each are fused; k, words_weight, meaning_weight,
+    neighbour_penalty.
+    """
+    fused = _fused(_meaning(plan, words.filters), _words(words))
+    return prepare(_with_details(_page(fused, fused.c.score), with_vectors=with_vectors, measured=True))
+
+
+@lru_cache(maxsize=_CACHED_SHAPES)
+def count_up_to(shape: Shape) -> Prepared:
+    """How many chunks a filter keeps, counted up to ``limit``. By the filter alone, so that an index may answer."""
+    kept: AnySelect = (
+        select(literal_column("1")).select_from(KnowledgeChunk).where(*filter_conditions.conditions(shape))
+    )
+    counted = kept.limit(bindparam("limit", type_=Integer())).subquery()
+    return prepare(select(func.count()).select_from(counted))
+
+
+@lru_cache(maxsize=_CACHED_SHAPES)
+def sampled(shape: Shape) -> Prepared:
+    """Of the chunks on sampled pages: how many a filter keeps, and how many there are. Parameter: percent."""
+    pages = tablesample(KnowledgeChunk.__table__, func.system(bindparam("percent", type_=Double())))
+    holds = and_(true(), *filter_conditions.conditions(shape))
+    rows = select(holds.label("holds")).select_from(pages).join(KnowledgeChunk, KnowledgeChunk.id == pages.c.id)
+    sample = rows.subquery()
+    return prepare(select(func.count().filter(sample.c.holds), func.count()).select_from(sample))
+
+
+@cache
+def table_pages() -> Prepared:
+    """How many pages the chunks fill."""
+    size = func.pg_relation_size(literal_column("'knowledge_chunks'::regclass"))
+    block_size = cast(func.current_setting(literal_column("'block_size'")), BigInteger)
+    return prepare(select(size / block_size))
+
+
+@lru_cache(maxsize=_CACHED_SHAPES)
+def other_model(shape: Shape) -> Prepared:
+    """A model other than ``model`` that made vectors in this scope."""
+    statement = (
+        select(KnowledgeChunk.embedding_model)
+        .where(
+            *filter_conditions.conditions(shape),
+            KnowledgeChunk.embedding.is_not(None),
+            KnowledgeChunk.embedding_model != _MODEL,
+        )
+        .limit(1)
+    )
+    return prepare(statement)
+
+
+def _meaning(plan: VectorPlan, shape: Shape) -> CTE:
+    conditions = [
+        *filter_conditions.conditions(shape),
+        KnowledgeChunk.embedding.is_not(None),
+        KnowledgeChunk.embedding_model == _MODEL,
+    ]
+    candidates = bindparam("candidates", type_=Integer())
+    distance = KnowledgeChunk.embedding.cosine_distance(_QUERY)
+    if plan == "exact":
+        # Materialized, so that the planner cannot take the index after all.
+        compared = _materialized(select(KnowledgeChunk.id, distance.label("distance")).where(*conditions), "compared")
+        return _materialized(select(compared).order_by(compared.c.distance, compared.c.id).limit(candidates), "nearest")
+    # ORDER BY the bare distance, ascending: anything else loses the index, on PostgreSQL 16 even an id after it.
+    # So equal distances are ordered by id among the rows returned; which of them are is up to the index.
+    through_index = select(KnowledgeChunk.id, distance.label("distance")).where(*conditions, *_index_settings())
+    return _materialized(through_index.order_by(distance).limit(candidates), "nearest")
+
+
+def _index_settings() -> list[ColumnElement[bool]]:
+    """Set for this statement only, before the index is read: the planner makes conditions without a column a gate.
+
+    So a search is one round trip, and behind a pooler no setting reaches another client. Iterative scans also where
+    nothing is filtered, since dead rows take the index's slots.
+    """
+    settings = {
+        "hnsw.iterative_scan": literal_column("'relaxed_order'"),
+        "hnsw.ef_search": bindparam("ef_search", type_=Text()),
+    }
+    local: ColumnElement[bool] = literal_column("true")
+    return [
+        select(func.set_config(literal_column(f"'{name}'"), value, local)).scalar_subquery().is_not(None)
+        for name, value in settings.items()
+    ]
+
+
+def _words(words: WordsShape) -> CTE:
+    """Chunks with words of the query, by how many of its terms they hold and how rare those are."""
+    query = _query_terms()
+    found = _by_heaviest(query, words) if words.plan == "any" else _by_required(words)
+    # Read once: what is stored apart would be fetched again for each term.
+    read = select(found.c.id, _copied(ChunkTerms.terms).label("terms")).join(
+        ChunkTerms, ChunkTerms.chunk_id == found.c.id
+    )
+    # The filters themselves decide, whatever the terms of the scope say.
+    loaded = _materialized(_filtered(read, words.filters), "loaded")
+    held = case((_matches(loaded.c.terms, query.c.repetition), query.c.weight * _REPEATED), else_=query.c.weight)
+    # Rounded, since the order of adding must not decide between equals.
+    score = cast(func.round(cast(func.coalesce(func.sum(held), 0), Numeric), 9), Double).label("score")
+    scored = (
+        select(loaded.c.id, score)
+        .outerjoin(query, _matches(loaded.c.terms, query.c.lookup))
+        .group_by(loaded.c.id)
+        .subquery("scored")
+    )
+    best = select(scored.c.id, _NO_DISTANCE, scored.c.score).order_by(scored.c.score.desc(), scored.c.id)
+    return _materialized(best.limit(bindparam("candidates", type_=Integer())), "words")
+
+
+def _query_terms() -> CTE:
+    """The query's terms with their weight: rarity (BM25's) times what they weigh as grammar or not."""
+    given = (
+        func.unnest(
+            bindparam("terms", type_=_TEXTS),
+            bindparam("factors", type_=ARRAY(Double)),
+            bindparam("lookups", type_=_TEXTS),
+            bindparam("repetitions", type_=_TEXTS),
+        )
+        .table_valued("term", "factor", "lookup", "repetition")
+        .render_derived(name="given")
+    )
+    known = select(TermFrequency.frequency).where(TermFrequency.term == literal_column("''")).scalar_subquery()
+    total = _materialized(select(func.coalesce(known, literal_column("1.0")).label("chunks")), "total")
+    holding = func.greatest(func.coalesce(TermFrequency.frequency, 0.0) * total.c.chunks, _UNSEEN)
+    # ln(1 + (N - n + 0.5) / (n + 0.5)): Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework".
+    rarity = func.ln(1 + func.greatest(total.c.chunks - holding + 0.5, 0.0) / (holding + 0.5))
+    weight = (cast(given.c.factor, Double) * rarity).label("weight")
+    terms = (
+        select(
+            given.c.term,
+            cast(given.c.lookup, TSQUERY).label("lookup"),
+            cast(given.c.repetition, TSQUERY).label("repetition"),
+            weight,
+            holding.label("holding"),
+            total.c.chunks,
+        )
+        .select_from(given)
+        .join(total, true())
+        .outerjoin(TermFrequency, TermFrequency.term == given.c.term)
+        .order_by(weight.desc(), given.c.term)
+        .limit(QUERY_TERMS)
+    )
+    return _materialized(terms, "query")
+
+
+def _selecting(query: CTE) -> CTE:
+    """The query's heaviest terms, as many as the budget of rows to read allows, but one at least."""
+    order = (query.c.weight.desc(), query.c.term)
+    share = func.least(1.0, bindparam("scope_size", type_=Double()) / query.c.chunks)
+    ranked = select(
+        query.c.lookup,
+        query.c.weight,
+        func.row_number().over(order_by=order).label("place"),
+        func.sum(query.c.holding * share).over(order_by=order).label("rows"),
+    ).subquery("heaviest")
+    few = and_(
+        ranked.c.place <= bindparam("selecting", type_=Integer()), ranked.c.rows <= bindparam("budget", type_=Double())
+    )
+    chosen = select(ranked.c.lookup, ranked.c.weight).where(or_(ranked.c.place == 1, few))
+    return _materialized(chosen, "selecting")
+
+
+def _by_heaviest(query: CTE, words: WordsShape) -> CTE:
+    """Chunks with one of the heaviest terms."""
+    selecting = _selecting(query)
+    wanted: Any = selecting.c.lookup
+    if words.scoped:
+        wanted = _SCOPE.op("&&", return_type=TSQUERY())(wanted)
+    rows = select(ChunkTerms.chunk_id, selecting.c.weight).join(ChunkTerms, _matches(ChunkTerms.terms, wanted))
+    held = (_filtered(rows, words.filters) if words.narrowed else rows).subquery("held")
+    found = select(held.c.chunk_id.label("id")).group_by(held.c.chunk_id)
+    found = found.order_by(func.sum(held.c.weight).desc(), held.c.chunk_id)
+    return _materialized(found.limit(bindparam("pool", type_=Integer())), "found")
+
+
+def _by_required(words: WordsShape) -> CTE:
+    """Chunks that have all that must be there, phrases to the letter."""
+    rows = select(ChunkTerms.chunk_id.label("id"))
+    if words.plan == "required":
+        rows = rows.where(_matches(ChunkTerms.terms, cast(bindparam("required", type_=Text()), TSQUERY)))
+    if words.scoped:
+        rows = rows.where(_matches(ChunkTerms.terms, _SCOPE))
+    if words.narrowed or words.phrases:
+        rows = _filtered(rows, words.filters, joined=True)
+    if words.phrases:
+        rows = rows.join(KnowledgeSource, KnowledgeSource.id == KnowledgeChunk.source_id)
+        as_it_is = KnowledgeSource.title + literal_column("E'\\n'") + KnowledgeChunk.content
+        phrase = func.unnest(bindparam("phrases", type_=_TEXTS)).table_valued("text").render_derived(name="phrase")
+        missing = func.strpos(func.coalesce(ChunkTerms.folded, as_it_is), phrase.c.text) == literal_column("0")
+        rows = rows.where(~exists().select_from(phrase).where(missing))
+    return _materialized(rows.limit(bindparam("pool", type_=Integer())), "found")
+
+
+def _filtered(rows: AnySelect, shape: Shape, *, joined: bool = False) -> AnySelect:
+    conditions = filter_conditions.conditions(shape)
+    if conditions or joined:
+        rows = rows.join(KnowledgeChunk, KnowledgeChunk.id == ChunkTerms.chunk_id)
+    return rows.where(*conditions)
+
+
+def _fused(meaning: CTE, words: CTE) -> CTE:
+    by_meaning = select(
+        meaning.c.id,
+        meaning.c.distance,
+        func.row_number().over(order_by=(meaning.c.distance, meaning.c.id)).label("place"),
+    ).subquery("by_meaning")
+    by_words = select(
+        words.c.id, func.row_number().over(order_by=(words.c.score.desc(), words.c.id)).label("place")
+    ).subquery("by_words")
+    k: ColumnElement[float] = bindparam("k", type_=Double())
+
+    def part(weight: str, leg: Any) -> Any:
+        return func.coalesce(bindparam(weight, type_=Double()) / (k + leg.c.place), 0.0)
+
+    score = part("meaning_weight", by_meaning) + part("words_weight", by_words)
+    fused = (
+        select(func.coalesce(by_meaning.c.id, by_words.c.id).label("id"), by_meaning.c.distance, score.label("score"))
+        .select_from(by_meaning.join(by_words, by_words.c.id == by_meaning.c.id, full=True))
+        .subquery("fused")
+    )
+    return _materialized(_without_echoes(fused), "ranked")
+
+
+def _without_echoes(fused: Any) -> AnySelect:
+    """Lower what stands next to something better in the same source: with an overlap it says the same once more."""
+    placed = (
+        select(fused, KnowledgeChunk.source_id, _place(KnowledgeChunk).label("number"))
+        .join(KnowledgeChunk, KnowledgeChunk.id == fused.c.id)
+        .subquery("placed")
+    )
+    window: dict[str, Any] = {"partition_by": placed.c.source_id, "order_by": (placed.c.number, placed.c.id)}
+
+    def beside(side: Any, column: Any) -> Any:
+        return side(column).over(**window)
+
+    before = and_(
+        beside(func.lag, placed.c.number) == placed.c.number - 1, beside(func.lag, placed.c.score) >= placed.c.score
+    )
+    after = and_(
+        beside(func.lead, placed.c.number) == placed.c.number + 1, beside(func.lead, placed.c.score) > placed.c.score
+    )
+    better = case((before, 1), else_=0) + case((after, 1), else_=0)
+    penalty: ColumnElement[float] = bindparam("neighbour_penalty", type_=Double())
+    kept = 1 - penalty
+    return select(placed.c.id, placed.c.distance, (placed.c.score * func.power(kept, better)).label("score"))
+
+
+def _page(ranked: CTE, score: Any) -> CTE:
+    page = select(ranked.c.id, ranked.c.distance, score).order_by(score.desc(), ranked.c.id)
+    page = page.limit(bindparam("top_k", type_=Integer())).offset(bindparam("offset", type_=Integer()))
+    return page.cte("page")
+
+
+def _with_details(page: CTE, *, with_vectors: bool = False, measured: bool = False) -> AnySelect:
+    chunk, source = KnowledgeChunk, KnowledgeSource
+    distance: Any = page.c.distance
+    if measured:
+        # What only the words found is compared here.
+        comparable = case((chunk.embedding_model == _MODEL, chunk.embedding.cosine_distance(_QUERY)))
+        distance = func.coalesce(distance, comparable)
+    columns = [
+        chunk.id,
+        chunk.source_id,
+        cast(source.type, Text),
+        source.title,
+        source.uri,
+        chunk.content,
+        (_ONE - distance).label("similarity"),
+        page.c.score,
+        chunk.location,
+        source.source_metadata,
+        chunk.occurred_from,
+        chunk.occurred_to,
+    ]
+    if with_vectors:
+        columns.append(case((chunk.embedding_model == _MODEL, chunk.embedding)).label("vector"))
+    return (
+        select(*columns)
+        .select_from(page)
+        .join(chunk, chunk.id == page.c.id)
+        .join(source, source.id == chunk.source_id)
+        # Sorted here: the order of a page read before is nobody's promise.
+        .order_by(page.c.score.desc(), page.c.id)
+    )
+
+
+def _copied(terms: Any) -> ColumnElement[Any]:
+    copy: ColumnElement[Any] = terms.op("||", return_type=TSVECTOR())(cast(literal_column("''"), TSVECTOR))
+    return copy
+
+
+def _materialized(statement: AnySelect, name: str) -> CTE:
+    return statement.cte(name).prefix_with("MATERIALIZED", dialect="postgresql")
+
+
+def _matches(terms: Any, query: Any) -> ColumnElement[bool]:
+    matches: ColumnElement[bool] = terms.op("@@", return_type=Boolean())(query)
+    return matches
+
+
+@cache
+def neighbours() -> Prepared:
+    """The chunks up to ``reach`` places before and after each of the chunks ``ids`` in their sources, in order."""
+    hit, other = aliased(KnowledgeChunk), aliased(KnowledgeChunk)
+    here, there = (_place(chunk) for chunk in (hit, other))
+    reach = cast(bindparam("reach", type_=Integer()), Numeric)
+    hits = _materialized(
+        select(hit.id, hit.source_id, here.label("place")).where(
+            hit.id == func.any(bindparam("ids", type_=ARRAY(BigInteger)))
+        ),
+        "hits",
+    )
+    statement = (
+        select(hits.c.id, (there - hits.c.place).label("distance"), other.id, other.content, other.location)
+        .join(other, and_(other.source_id == hits.c.source_id, other.id != hits.c.id))
+        .where(there.between(hits.c.place - reach, hits.c.place + reach), there != hits.c.place)
+        .order_by(hits.c.id, there, other.id)
+    )
+    return prepare(statement)
+
+
+def _place(chunk: Any) -> Any:
+    """Where the chunk stands in its source; NULL where its location does not say."""
+    index = chunk.location["chunk_index"]
+    return case((func.jsonb_typeof(index) == literal_column("'number'"), cast(index.astext, Numeric)))
