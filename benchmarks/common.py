@@ -66,7 +66,12 @@ def store_settings(url: URL, **values: Any) -> Settings:
 
 async def connect(url: URL) -> Any:
     """A connection of the bare driver."""
-    return await asyncpg.connect(**connect_arguments(url, store_settings(url)))
+    return await asyncpg.connect(**driver_arguments(url))
+
+
+def driver_arguments(url: URL) -> dict[str, Any]:
+    """What the bare driver connects with."""
+    return connect_arguments(url, store_settings(url))
 
 
 async def run_sql(url: URL, *statements: str) -> None:

@@ -23,9 +23,7 @@ commits more often, would hide the rest), then ``on`` (``durable``).
 import argparse
 import asyncio
 import hashlib
-import importlib
 import json
-import os
 import random
 import tempfile
 import uuid
@@ -34,7 +32,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from common import (
@@ -54,12 +52,13 @@ from common import (
     server_versions,
     store_settings,
 )
-from numpy.typing import NDArray
+from peers import EF_CONSTRUCTION, PEERS, M, Peer, installed, peer_packages
 from pgvector.sqlalchemy import HALFVEC
 from rich.table import Table
 from sqlalchemy import URL, BigInteger, Column, MetaData, Text, bindparam, event, update
 from sqlalchemy import Table as SQLTable
 from sqlalchemy.ext.asyncio import create_async_engine
+from vectors import CHUNKS_A_SOURCE, MODEL, SERVER_OPTIONS, Vectors, pack
 
 from kotonoha_store import EMBEDDING_DIMENSION, HalfVector, KnowledgeChunk, NewChunk, Scope, SourceType, Store
 from kotonoha_store.columns import PackedVector, pack_vectors
@@ -67,20 +66,8 @@ from kotonoha_store.database import register_halfvec
 from kotonoha_store.embedding_queue import _write_vectors
 
 BATCH: Final = 100
-CHUNKS_A_SOURCE: Final = 10
-MODEL: Final = "benchmark"
-HNSW: Final = "USING hnsw ({column} {ops}) WITH (m = 16, ef_construction = 64)"
-# pgvector's binary format: dimension, zero, then big-endian halves.
-HEADER: Final = EMBEDDING_DIMENSION.to_bytes(2, "big") + bytes(2)
-SERVER_OPTIONS: Final = {
-    # Nothing else at work while somebody is measured.
-    "autovacuum": "off",
-    "checkpoint_timeout": "1h",
-    "max_wal_size": "8GB",
-    "maintenance_work_mem": "512MB",
-}
+HNSW: Final = f"USING hnsw ({{column}} {{ops}}) WITH (m = {M}, ef_construction = {EF_CONSTRUCTION})"
 
-Vectors = NDArray[np.float32]
 Seconds = dict[str, list[float]]
 
 
@@ -130,11 +117,6 @@ class Waiting:
 def vectors_for(vectors: Vectors, ids: Sequence[int]) -> Vectors:
     """The vectors that an embedder would give for these chunks: float32, shape (len(ids), 1536)."""
     return vectors[np.asarray(ids) % len(vectors)]
-
-
-def pack(vectors: Vectors) -> list[bytes]:
-    """What hand-written code does to send vectors in binary; nothing is checked."""
-    return [HEADER + row.tobytes() for row in vectors.astype(">f2")]
 
 
 async def fenced_by_us(store: Store, vectors: Vectors) -> None:
@@ -293,136 +275,6 @@ async def measure_embedding(bench: "Bench", rows: int, repeats: int) -> Seconds:
 
 
 # Ingest of chunks that have their vectors
-
-
-class Peer(Protocol):
-    """Another store on the same server, with a table of its own.
-
-    Attributes:
-        table, column, operators: where an HNSW index goes.
-        packages: whose versions to report.
-        note: where its design differs from ours.
-    """
-
-    table: str
-    column: str
-    operators: str
-    packages: tuple[str, ...]
-    note: str
-
-    async def open(self, url: URL) -> None: ...
-
-    def take(self, chunks: Sequence[NewChunk]) -> None:
-        """Turn the rows into what this store is given; not measured."""
-
-    async def insert(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
-class LangChain:
-    """langchain-postgres: ``PGVectorStore.aadd_embeddings``."""
-
-    table, column, operators = "peer_langchain", "embedding", "vector_cosine_ops"
-    packages = ("langchain-postgres", "langchain-core")
-    note = "float32; one INSERT and one commit a row"
-
-    async def open(self, url: URL) -> None:
-        from langchain_core.embeddings import DeterministicFakeEmbedding
-        from langchain_postgres import PGEngine, PGVectorStore
-
-        self._engine = PGEngine.from_engine(create_async_engine(url.set(drivername="postgresql+asyncpg")))
-        await self._engine.ainit_vectorstore_table(self.table, EMBEDDING_DIMENSION)
-        # Never asked: the vectors are given.
-        embedder = DeterministicFakeEmbedding(size=EMBEDDING_DIMENSION)
-        self._store = await PGVectorStore.create(self._engine, embedder, self.table)
-
-    def take(self, chunks: Sequence[NewChunk]) -> None:
-        self._texts = [chunk.content for chunk in chunks]
-        self._vectors = [chunk.embedding.tolist() for chunk in chunks]
-        self._metadata = [chunk.location for chunk in chunks]
-
-    async def insert(self) -> None:
-        await self._store.aadd_embeddings(self._texts, self._vectors, self._metadata)
-
-    async def close(self) -> None:
-        await self._engine.close()
-
-
-class LlamaIndex:
-    """llama-index-vector-stores-postgres: ``PGVectorStore.async_add``."""
-
-    table, column, operators = "data_peer_llama", "embedding", "halfvec_cosine_ops"
-    packages = ("llama-index-vector-stores-postgres", "llama-index-core")
-    note = "halves; ORM rows, one transaction"
-
-    async def open(self, url: URL) -> None:
-        from llama_index.vector_stores.postgres import PGVectorStore
-
-        self._store = PGVectorStore.from_params(
-            connection_string=url.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False),
-            async_connection_string=url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False),
-            table_name=self.table.removeprefix("data_"),
-            embed_dim=EMBEDDING_DIMENSION,
-            use_halfvec=True,
-            use_jsonb=True,
-        )
-        # The table is made by the first call.
-        await self._store.async_add([])
-
-    def take(self, chunks: Sequence[NewChunk]) -> None:
-        from llama_index.core.schema import TextNode
-
-        self._nodes = [
-            TextNode(text=chunk.content, embedding=chunk.embedding.tolist(), metadata=chunk.location)
-            for chunk in chunks
-        ]
-
-    async def insert(self) -> None:
-        await self._store.async_add(self._nodes)
-
-    async def close(self) -> None:
-        await self._store.close()
-
-
-class Mem0:
-    """mem0ai: ``PGVector.insert``, the vector store by itself."""
-
-    table, column, operators = "peer_mem0", "vector", "vector_cosine_ops"
-    packages = ("mem0ai", "psycopg")
-    note = "float32; executemany, one transaction; its GIN index on a text field stays"
-
-    async def open(self, url: URL) -> None:
-        from mem0.vector_stores.pgvector import PGVector
-
-        self._store = PGVector(
-            connection_string=url.render_as_string(hide_password=False),
-            collection_name=self.table,
-            embedding_model_dims=EMBEDDING_DIMENSION,
-            diskann=False,
-            hnsw=False,
-            **dict.fromkeys(("dbname", "user", "password", "host", "port")),
-        )
-        self._store.create_col()
-
-    def take(self, chunks: Sequence[NewChunk]) -> None:
-        self._vectors = [chunk.embedding.tolist() for chunk in chunks]
-        self._payloads = [{"data": chunk.content, **chunk.location} for chunk in chunks]
-
-    async def insert(self) -> None:
-        # Blocking: it has no async way, and nobody else is at work.
-        ids = [str(uuid.uuid4()) for _ in self._vectors]
-        self._store.insert(self._vectors, payloads=self._payloads, ids=ids)
-
-    async def close(self) -> None:
-        self._store.connection_pool.close()
-
-
-PEERS: Final[dict[str, tuple[type[Peer], str]]] = {
-    "langchain-postgres": (LangChain, "langchain_postgres"),
-    "llama-index": (LlamaIndex, "llama_index.vector_stores.postgres"),
-    "mem0": (Mem0, "mem0"),
-}
 
 
 def make_chunks(count: int, vectors: Vectors) -> list[NewChunk]:
@@ -598,21 +450,6 @@ async def opened(url: URL, vectors: Vectors, peer_names: Sequence[str]) -> Async
         yield Bench(store, connection, engine, peers, vectors)
 
 
-def installed(names: Sequence[str], scratch: str) -> list[str]:
-    """Those of the peers that can be imported; the others are named and left out."""
-    # mem0 reports home and makes a directory in the user's home when it is imported.
-    os.environ.setdefault("MEM0_TELEMETRY", "False")
-    os.environ.setdefault("MEM0_DIR", scratch)
-    found = []
-    for name in names:
-        try:
-            importlib.import_module(PEERS[name][1])
-            found.append(name)
-        except ImportError as error:
-            notes.print(f"[yellow]{name} is left out: {error}")
-    return found
-
-
 async def measure_plain(url: URL, vectors: Vectors, options: argparse.Namespace) -> dict[str, Any]:
     """Everything without an HNSW index."""
     async with opened(url, vectors, options.peers) as bench:
@@ -719,15 +556,11 @@ async def measure_all(url: URL, options: argparse.Namespace) -> dict[str, Any]:
         await run_sql(url, "ALTER DATABASE bench SET synchronous_commit = on")
         figures["durable"] = await measure_plain(url, vectors, options)
         print_figures(f"no HNSW index, synchronous_commit on, {options.rows} rows", figures["durable"])
-    versions = await server_versions(url) | package_versions(*_packages(options.peers))
+    versions = await server_versions(url) | package_versions(*peer_packages(options.peers))
     console.print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for name in options.peers:
         console.print(f"{name}: {PEERS[name][0].note}")
     return figures
-
-
-def _packages(peers: Sequence[str]) -> list[str]:
-    return [package for name in peers for package in PEERS[name][0].packages]
 
 
 def _options() -> argparse.Namespace:

@@ -11,11 +11,14 @@ from sqlalchemy import ARRAY, BigInteger, ColumnElement, bindparam, delete, func
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from kotonoha_store import bulk_changes
 from kotonoha_store.columns import AnyRow, AnySelect, PackedVector, pack_vectors
 from kotonoha_store.database import driver_connection, dump_json, ensure_codecs, translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError
 from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
 from kotonoha_store.records import (
+    AnyFilters,
+    BulkResult,
     DocumentResult,
     NewChunk,
     Scope,
@@ -206,6 +209,64 @@ class KnowledgeRepository:
             raise NotFoundError(f"there is no source {source_id}")
         await self._session.execute(
             delete(KnowledgeChunkDeadLetter).where(KnowledgeChunkDeadLetter.source_id == source_id)
+        )
+
+    @translated
+    async def delete_chunks(
+        self, filters: AnyFilters, *, everywhere: bool = False, dry_run: bool = False
+    ) -> BulkResult:
+        """Delete every chunk that the filters keep, embedded or waiting, and what belongs to it.
+
+        With the chunks go their jobs and words, and the dead letters that the filters keep: a dead letter is
+        read as the chunk that it was, its model being the one that gave up. A source that has neither chunks
+        nor dead letters left is deleted with its archived messages, also one that had none before and lies in
+        the filters' scope. A source that keeps a chunk or dead letter outside of the filters stays as it is:
+        its title, its metadata and all of its archived messages, those of deleted chunks included; for these
+        call :meth:`delete_source`.
+
+        Sessions are not touched: what was not archived yet stays there, and is archived later. A transaction
+        that writes a session as well does so first, and calls this once: sources are locked in the order of
+        their ids. Workers that hold a lease of a deleted chunk pass it over.
+
+        Args:
+            filters: must name a scope (guild, channel, thread, user, sources or sessions) unless ``everywhere``.
+            everywhere: delete from all that is stored, of every guild and user.
+            dry_run: only count what would be deleted now; nothing is locked or changed.
+
+        Raises:
+            InvalidInputError: these are no filters, or no scope was named.
+        """
+        return await bulk_changes.delete_chunks(self._session, filters, everywhere=everywhere, dry_run=dry_run)
+
+    @translated
+    async def update_sources(
+        self,
+        filters: AnyFilters,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        title: str | None = None,
+        everywhere: bool = False,
+        dry_run: bool = False,
+    ) -> BulkResult:
+        """Change every source with at least one chunk, embedded or waiting, that the filters keep.
+
+        Metadata and title are the source's: all of its chunks are found by the new ones, also those that the
+        filters do not keep. Scope, type, URI and times cannot be changed; a document of another scope is
+        another document. As with :meth:`delete_chunks`, a transaction that writes a session does so first.
+
+        Args:
+            filters: must name a scope (guild, channel, thread, user, sources or sessions) unless ``everywhere``.
+            metadata: merged key by key; a key given as None is removed, what lies deeper is replaced as a whole.
+            title: the new title, the same for all of them; their words and dead letters follow.
+            everywhere: change the sources of all that is stored, of every guild and user.
+            dry_run: only count what would be changed now; nothing is locked or changed.
+
+        Raises:
+            InvalidInputError: these are no filters, no scope was named, nothing to change was given, or a
+                title or metadata that cannot be stored. Nothing was written.
+        """
+        return await bulk_changes.update_sources(
+            self._session, filters, metadata=metadata, title=title, everywhere=everywhere, dry_run=dry_run
         )
 
     async def iterate_sources(self, *, page_size: int = 100, **filters: Any) -> AsyncIterator[SourceRecord]:

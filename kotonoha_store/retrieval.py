@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from time import perf_counter
 from typing import Any, Final, Literal
 
@@ -32,17 +33,22 @@ from kotonoha_store.search_statements import Prepared, WordPlan
 from kotonoha_store.selectivity import (
     EVERYTHING,
     EXACT,
-    EXACT_LIMIT,
-    EXACT_LIMIT_OF_RARE,
     Effort,
+    Remembered,
     Selectivity,
-    SelectivityCache,
     VectorPlan,
     choose_plan,
+    exact_limit,
 )
 
 # Of how many pages the share that a filter keeps is estimated, some two chunks each.
 _SAMPLED_PAGES: Final = 600
+
+# A page with an embedding in each row.
+_CHUNKS_A_PAGE: Final = 2
+
+# An index that gave up is worth a longer exact search.
+_FALLBACK: Final = 100
 
 # How many rows of the words' index may be read when the heaviest words found too little.
 _LAST_BUDGET: Final = 100_000.0
@@ -61,18 +67,19 @@ class SearchRepository:
         self,
         session: AsyncSession | Any,
         *,
-        exact_limit: int = EXACT_LIMIT,
-        selectivities: SelectivityCache | None = None,
+        exact_limit: int | None = None,
+        selectivities: Remembered[AnyFilters, Selectivity] | None = None,
     ) -> None:
         """
         Args:
             session: SQLAlchemy's AsyncSession, or a connection of asyncpg that knows ``halfvec``.
-            exact_limit: up to how many candidates every one is compared.
+            exact_limit: up to how many candidates every one is compared; by default what was measured to be
+                cheapest for the number of chunks and hits.
             selectivities: what is known of filters, shared by searches one after another.
         """
         self._runner = _SessionRunner(session) if isinstance(session, AsyncSession) else _DriverRunner(session)
         self._exact_limit = exact_limit
-        self._selectivities = SelectivityCache() if selectivities is None else selectivities
+        self._selectivities = Remembered() if selectivities is None else selectivities
 
     @translated
     async def nearest(
@@ -181,7 +188,7 @@ class SearchRepository:
             **asked.values,
             **options.page,
             **words.values(candidates=top_k + offset),
-            "scope_size": await self._scope_size(asked),
+            "scope_size": await self._scope_size(asked, top_k),
         }
         rows, complete = await self._by_words(words, asked, values)
         return await self._result(rows, "words", complete, None, options, started)
@@ -245,7 +252,7 @@ class SearchRepository:
             "words_weight": fusion.words,
             "meaning_weight": fusion.meaning,
             "neighbour_penalty": fusion.neighbour_penalty,
-            "scope_size": await self._scope_size(asked),
+            "scope_size": await self._scope_size(asked, candidates),
         }
 
         def prepared(plan: VectorPlan) -> Prepared:
@@ -264,7 +271,7 @@ class SearchRepository:
         if plan is EXACT or len(rows) >= values["top_k"]:
             return rows, plan, True
         # The index gave up before it had enough. Few enough candidates are compared one by one.
-        limit = self._exact_limit * (EXACT_LIMIT_OF_RARE // EXACT_LIMIT)
+        limit = await self._limit(_FALLBACK * values["candidates"])
         if await self._count(asked, limit + 1) > limit:
             return rows, plan, False
         return await self._runner.fetch(prepared(EXACT), values), EXACT, True
@@ -295,33 +302,48 @@ class SearchRepository:
     async def _vector_plan(self, asked: Asked, top_k: int, effort: Effort) -> VectorPlan:
         if effort == "exact":
             return EXACT
-        selectivity = await self._selectivity(asked)
-        return choose_plan(selectivity, top_k=top_k, effort=effort, exact_limit=self._exact_limit)
+        selectivity = await self._selectivity(asked, top_k)
+        return choose_plan(selectivity, top_k=top_k, effort=effort, limit=self._exact_limit)
 
-    async def _scope_size(self, asked: Asked) -> float:
-        return (await self._selectivity(asked)).count if asked.scope else float("inf")
+    async def _scope_size(self, asked: Asked, top_k: int) -> float:
+        return (await self._selectivity(asked, top_k)).kept if asked.scope else inf
 
-    async def _selectivity(self, asked: Asked) -> Selectivity:
+    async def _selectivity(self, asked: Asked, top_k: int) -> Selectivity:
+        """How many chunks the filters keep: counted as far as they could be compared, else sampled."""
         if asked.shape == EVERYTHING_SHAPE:
             return EVERYTHING
-        if (known := self._selectivities.get(asked.filters)) is not None:
-            return known
-        count = await self._count(asked, self._exact_limit + 1)
-        found = Selectivity(count) if count <= self._exact_limit else await self._sampled(asked, count)
-        self._selectivities.put(asked.filters, found)
-        return found
+        if (known := self._selectivities.get(asked.filters)) is None:
+            pages, total = await self._size()
+            limit = self._exact_limit if self._exact_limit is not None else exact_limit(top_k, total)
+            count = await self._count(asked, limit + 1)
+            known = Selectivity(count, max(total, count))
+            if count > limit:
+                known = await self._sampled(asked, pages, count)
+            self._selectivities.put(asked.filters, known)
+        return known
+
+    async def _limit(self, top_k: int) -> int:
+        if self._exact_limit is not None:
+            return self._exact_limit
+        _, total = await self._size()
+        return exact_limit(top_k, total)
+
+    async def _size(self) -> tuple[int, float]:
+        """Pages, and about how many chunks: as the planner estimates it."""
+        ((pages, counted_pages, counted),) = await self._runner.fetch(statements.table_size(), {})
+        chunks_a_page = counted / counted_pages if counted_pages > 0 and counted > 0 else _CHUNKS_A_PAGE
+        return pages, pages * chunks_a_page
 
     async def _count(self, asked: Asked, limit: int) -> int:
-        (row,) = await self._runner.fetch(statements.count_up_to(asked.shape), asked.values | {"limit": limit})
-        return int(row[0])
+        ((count,),) = await self._runner.fetch(statements.count_up_to(asked.shape), asked.values | {"limit": limit})
+        return int(count)
 
-    async def _sampled(self, asked: Asked, at_least: int) -> Selectivity:
-        (size,) = await self._runner.fetch(statements.table_pages(), {})
-        percent = min(100.0, 100.0 * _SAMPLED_PAGES / max(size[0], 1))
-        (row,) = await self._runner.fetch(statements.sampled(asked.shape), asked.values | {"percent": percent})
-        kept, seen = row
-        share = kept / seen if seen else 1.0
-        return Selectivity(count=max(at_least, kept * 100.0 / percent), share=share)
+    async def _sampled(self, asked: Asked, pages: int, at_least: int) -> Selectivity:
+        percent = min(100.0, 100.0 * _SAMPLED_PAGES / max(pages, 1))
+        sample = asked.values | {"percent": percent}
+        ((kept, seen),) = await self._runner.fetch(statements.sampled(asked.shape), sample)
+        total = max(seen * 100.0 / percent, at_least)
+        return Selectivity(max(kept * 100.0 / percent, at_least), total)
 
     async def _refuse_other_models(self, asked: Asked, model: str) -> None:
         rows = await self._runner.fetch(statements.other_model(asked.shape), asked.values | {"model": model})

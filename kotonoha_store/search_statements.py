@@ -30,6 +30,7 @@ from sqlalchemy import (
     or_,
     select,
     tablesample,
+    text,
     true,
 )
 from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR, asyncpg
@@ -176,11 +177,12 @@ def sampled(shape: Shape) -> Prepared:
 
 
 @cache
-def table_pages() -> Prepared:
-    """How many pages the chunks fill."""
+def table_size() -> Prepared:
+    """How many pages the chunks fill now; how many pages and chunks there were when that was last counted."""
     size = func.pg_relation_size(literal_column("'knowledge_chunks'::regclass"))
     block_size = cast(func.current_setting(literal_column("'block_size'")), BigInteger)
-    return prepare(select(size / block_size))
+    counted = text("relpages, reltuples FROM pg_class WHERE oid = 'knowledge_chunks'::regclass")
+    return prepare(select(size / block_size, counted))
 
 
 @lru_cache(maxsize=_CACHED_SHAPES)

@@ -62,8 +62,8 @@ class Settings(BaseSettings):
 
     kb_similarity_threshold: Annotated[float, Field(ge=0, le=1)] = 0.7
     kb_default_top_k: Annotated[int, Field(ge=1, le=1000)] = 10
-    # Up to how many candidates a search compares every one; benchmarks/filtered.py measures where that pays.
-    kb_exact_search_limit: Annotated[int, Field(ge=0, lt=2**31)] = 5_000
+    # Up to how many candidates a search compares every one, instead of what was measured to be cheapest.
+    kb_exact_search_limit: Size | None = None
 
     # Which embedder Store.open() makes. auto: OpenAI when OPENAI_API_KEY or OPENAI_BASE_URL is set.
     kb_embedder: Literal["auto", "openai", "local", "hashing"] = "auto"

@@ -34,7 +34,7 @@ from kotonoha_store.records import (
 )
 from kotonoha_store.retrieval import SearchRepository
 from kotonoha_store.search_request import Match, check_query, check_search
-from kotonoha_store.selectivity import Effort, SelectivityCache
+from kotonoha_store.selectivity import Effort, Remembered, Selectivity
 from kotonoha_store.sessions import SessionRepository
 from kotonoha_store.settings import Settings
 from kotonoha_store.worker import EmbeddingWorker
@@ -95,7 +95,7 @@ class Store:
         self.database = database
         self.settings = settings
         self._embedder = embedder
-        self._selectivities = SelectivityCache()
+        self._selectivities: Remembered[AnyFilters, Selectivity] = Remembered()
 
     @classmethod
     @asynccontextmanager
