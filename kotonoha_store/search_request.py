@@ -26,9 +26,9 @@ TOP_K_MAX: Final = 1000
 NEIGHBOURS_MAX: Final = 20
 
 # How many chunks with the heaviest words are looked at more closely, at least.
-_POOL: Final = 200
+_POOL: Final = 100
 # How many rows of the words' index may be read to find them.
-_BUDGET: Final = 5_000.0
+_BUDGET: Final = 3_000.0
 # Of chunks that have all that must be there, how many are ranked.
 _REQUIRED_POOL: Final = 1_000
 # How many of the nearest are fetched for each hit of a diverse result.
@@ -83,6 +83,7 @@ class Words:
     query: WordQuery
     certain: str
     required: str
+    match: Match
 
     @classmethod
     def of(cls, text: str, match: Match) -> "Words":
@@ -93,7 +94,7 @@ class Words:
         if match == "all" and query.loose:
             certain += query.lookups(query.loose)
         guesses = [phrase.guess for phrase in query.phrases if phrase.lookup is None and phrase.guess is not None]
-        return cls(query, " & ".join(certain), " & ".join([*certain, *guesses]))
+        return cls(query, " & ".join(certain), " & ".join([*certain, *guesses]), match)
 
     @property
     def is_guess(self) -> bool:
@@ -106,7 +107,10 @@ class Words:
         return "scan" if self.query.phrases else "any"
 
     def shape(self, asked: Asked, plan: WordPlan) -> WordsShape:
-        return WordsShape(asked.shape, plan, bool(asked.scope), asked.is_narrowed, bool(self.query.phrases))
+        is_ranked = self.match == "any" and bool(self.query.loose)
+        return WordsShape(
+            asked.shape, plan, bool(asked.scope), asked.is_narrowed, bool(self.query.phrases), is_ranked=is_ranked
+        )
 
     def values(self, *, candidates: int) -> dict[str, Any]:
         return {
@@ -114,6 +118,7 @@ class Words:
             "factors": list(self.query.terms.values()),
             "lookups": self.query.lookups(self.query.terms),
             "repetitions": self.query.repetitions(),
+            "pairs_only": self.query.pairs_only,
             "required": self.required,
             "phrases": [phrase.text for phrase in self.query.phrases],
             "selecting": statements.SELECTING_TERMS,

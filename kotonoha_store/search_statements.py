@@ -18,6 +18,7 @@ from sqlalchemy import (
     Double,
     Integer,
     Numeric,
+    Subquery,
     Text,
     and_,
     bindparam,
@@ -32,6 +33,7 @@ from sqlalchemy import (
     tablesample,
     text,
     true,
+    union_all,
 )
 from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR, asyncpg
 from sqlalchemy.orm import aliased
@@ -65,6 +67,7 @@ QUERY_TERMS: Final = 64
 
 _TEXTS: Final = ARRAY(Text)
 _NO_DISTANCE: Final = cast(null(), Double).label("distance")
+_NOTHING: Final[ColumnElement[float]] = literal_column("0::float8")
 _ONE: Final[ColumnElement[float]] = literal_column("1")
 _QUERY: Final = bindparam("query", type_=HalfVector())
 _MODEL: Final = bindparam("model", type_=Text())
@@ -77,10 +80,12 @@ class WordsShape:
 
     Attributes:
         filters: their shape.
-        plan: ``any`` has the parameters budget, selecting and scope_size; ``required`` has required.
+        plan: ``any`` has the parameters budget, selecting, scope_size, and pairs_only (no term is a word, which a
+            text may repeat); ``required`` has required.
         scoped: whether the parameter scope has terms that every chunk in the filters' scope holds.
         narrowed: whether the filters ask for more than those terms say.
         phrases: whether the parameter phrases has texts that must occur.
+        is_ranked: whether what has all that is required may hold more or fewer of the query's terms.
     """
 
     filters: Shape
@@ -88,6 +93,7 @@ class WordsShape:
     scoped: bool = False
     narrowed: bool = False
     phrases: bool = False
+    is_ranked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,24 +244,63 @@ def _index_settings() -> list[ColumnElement[bool]]:
 def _words(words: WordsShape) -> CTE:
     """Chunks with words of the query, by how many of its terms they hold and how rare those are."""
     query = _query_terms()
-    found = _by_heaviest(query, words) if words.plan == "any" else _by_required(words)
+    if words.plan == "any":
+        scored = _scored_by_heaviest(query, words)
+    elif words.is_ranked:
+        scored = _scored(_by_required(words), query, words)
+    else:
+        # All of them have all of it.
+        found = _by_required(words)
+        weight = select(func.coalesce(func.sum(query.c.weight), 0.0)).scalar_subquery()
+        scored = _kept(select(found.c.id, weight.label("score")), found.c.id, words.filters).subquery("scored")
+    best = select(scored.c.id, _NO_DISTANCE, scored.c.score).order_by(scored.c.score.desc(), scored.c.id)
+    return _materialized(best.limit(bindparam("candidates", type_=Integer())), "words")
+
+
+def _scored_by_heaviest(query: CTE, words: WordsShape) -> Subquery:
+    """What the heaviest terms found, by all terms; read again only if that can change what was added up."""
+    selecting = _selecting(query)
+    found = _by_heaviest(selecting, words)
+    all_terms = select(func.count()).select_from(query).scalar_subquery()
+    their_number = select(func.count()).select_from(selecting).scalar_subquery()
+    is_final = and_(bindparam("pairs_only", type_=Boolean()), their_number == all_terms)
+    decision = _materialized(select(is_final.label("is_final")), "decision")
+    gate = select(decision.c.is_final).scalar_subquery()
+    final = _kept(select(found.c.id, found.c.score).where(gate), found.c.id, words.filters)
+    again = select(_scored(found, query, words, only_if=~gate))
+    return union_all(final, again).subquery("scored")
+
+
+def _scored(found: CTE, query: CTE, words: WordsShape, *, only_if: ColumnElement[bool] | None = None) -> Subquery:
     # Read once: what is stored apart would be fetched again for each term.
     read = select(found.c.id, _copied(ChunkTerms.terms).label("terms")).join(
         ChunkTerms, ChunkTerms.chunk_id == found.c.id
     )
-    # The filters themselves decide, whatever the terms of the scope say.
-    loaded = _materialized(_filtered(read, words.filters), "loaded")
-    held = case((_matches(loaded.c.terms, query.c.repetition), query.c.weight * _REPEATED), else_=query.c.weight)
-    # Rounded, since the order of adding must not decide between equals.
-    score = cast(func.round(cast(func.coalesce(func.sum(held), 0), Numeric), 9), Double).label("score")
-    scored = (
-        select(loaded.c.id, score)
+    if only_if is not None:
+        read = read.where(only_if)
+    loaded = _materialized(_kept(read, found.c.id, words.filters), "loaded")
+    is_repeated = _matches(loaded.c.terms, query.c.repetition)
+    held = case((is_repeated, query.c.weight * _REPEATED), else_=query.c.weight)
+    return (
+        select(loaded.c.id, _rounded(func.coalesce(func.sum(held), _NOTHING)).label("score"))
         .outerjoin(query, _matches(loaded.c.terms, query.c.lookup))
         .group_by(loaded.c.id)
-        .subquery("scored")
+        .subquery("rescored")
     )
-    best = select(scored.c.id, _NO_DISTANCE, scored.c.score).order_by(scored.c.score.desc(), scored.c.id)
-    return _materialized(best.limit(bindparam("candidates", type_=Integer())), "words")
+
+
+def _rounded(score: Any) -> ColumnElement[Any]:
+    """The order of adding must not decide between equals."""
+    scale: ColumnElement[float] = literal_column("1e9::float8")
+    rounded: ColumnElement[Any] = func.round(score * scale) / scale
+    return rounded
+
+
+def _kept(rows: AnySelect, chunk_id: Any, shape: Shape) -> AnySelect:
+    """The filters themselves decide, whatever the terms of the scope say."""
+    if conditions := filter_conditions.conditions(shape):
+        rows = rows.join(KnowledgeChunk, KnowledgeChunk.id == chunk_id).where(*conditions)
+    return rows
 
 
 def _query_terms() -> CTE:
@@ -311,16 +356,17 @@ def _selecting(query: CTE) -> CTE:
     return _materialized(chosen, "selecting")
 
 
-def _by_heaviest(query: CTE, words: WordsShape) -> CTE:
+def _by_heaviest(selecting: CTE, words: WordsShape) -> CTE:
     """Chunks with one of the heaviest terms."""
-    selecting = _selecting(query)
     wanted: Any = selecting.c.lookup
     if words.scoped:
         wanted = _SCOPE.op("&&", return_type=TSQUERY())(wanted)
     rows = select(ChunkTerms.chunk_id, selecting.c.weight).join(ChunkTerms, _matches(ChunkTerms.terms, wanted))
-    held = (_filtered(rows, words.filters) if words.narrowed else rows).subquery("held")
-    found = select(held.c.chunk_id.label("id")).group_by(held.c.chunk_id)
-    found = found.order_by(func.sum(held.c.weight).desc(), held.c.chunk_id)
+    if words.narrowed:
+        rows = _kept(rows, ChunkTerms.chunk_id, words.filters)
+    held = rows.subquery("held")
+    score = _rounded(func.sum(held.c.weight)).label("score")
+    found = select(held.c.chunk_id.label("id"), score).group_by(held.c.chunk_id).order_by(score.desc(), held.c.chunk_id)
     return _materialized(found.limit(bindparam("pool", type_=Integer())), "found")
 
 
@@ -331,8 +377,10 @@ def _by_required(words: WordsShape) -> CTE:
         rows = rows.where(_matches(ChunkTerms.terms, cast(bindparam("required", type_=Text()), TSQUERY)))
     if words.scoped:
         rows = rows.where(_matches(ChunkTerms.terms, _SCOPE))
-    if words.narrowed or words.phrases:
-        rows = _filtered(rows, words.filters, joined=True)
+    if words.narrowed:
+        rows = _kept(rows, ChunkTerms.chunk_id, words.filters)
+    elif words.phrases:
+        rows = rows.join(KnowledgeChunk, KnowledgeChunk.id == ChunkTerms.chunk_id)
     if words.phrases:
         rows = rows.join(KnowledgeSource, KnowledgeSource.id == KnowledgeChunk.source_id)
         as_it_is = KnowledgeSource.title + literal_column("E'\\n'") + KnowledgeChunk.content
@@ -340,13 +388,6 @@ def _by_required(words: WordsShape) -> CTE:
         missing = func.strpos(func.coalesce(ChunkTerms.folded, as_it_is), phrase.c.text) == literal_column("0")
         rows = rows.where(~exists().select_from(phrase).where(missing))
     return _materialized(rows.limit(bindparam("pool", type_=Integer())), "found")
-
-
-def _filtered(rows: AnySelect, shape: Shape, *, joined: bool = False) -> AnySelect:
-    conditions = filter_conditions.conditions(shape)
-    if conditions or joined:
-        rows = rows.join(KnowledgeChunk, KnowledgeChunk.id == ChunkTerms.chunk_id)
-    return rows.where(*conditions)
 
 
 def _fused(meaning: CTE, words: CTE) -> CTE:

@@ -124,6 +124,11 @@ class WordQuery:
             return [lookup([], [term])]
         return [lookup([term]) for term in terms]
 
+    @property
+    def pairs_only(self) -> bool:
+        """Whether no term is a word, which alone can be repeated."""
+        return not any(_runs(term)[0][1] for term in self.terms)
+
     def repetitions(self) -> list[str]:
         """What a text also meets that repeats the term, in order; of words only, pairs do not count."""
         # Of what is in the text already, the negation is never met.
