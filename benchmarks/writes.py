@@ -62,7 +62,7 @@ from vectors import CHUNKS_A_SOURCE, MODEL, SERVER_OPTIONS, Vectors, pack
 
 from kotonoha_store import EMBEDDING_DIMENSION, HalfVector, KnowledgeChunk, NewChunk, Scope, SourceType, Store
 from kotonoha_store.columns import PackedVector, pack_vectors
-from kotonoha_store.database import register_halfvec
+from kotonoha_store.database import register_codecs
 from kotonoha_store.embedding_queue import _write_vectors
 
 BATCH: Final = 100
@@ -438,7 +438,7 @@ async def opened(url: URL, vectors: Vectors, peer_names: Sequence[str]) -> Async
         await store.migrate()
         connection = await connect(url)
         stack.push_async_callback(connection.close)
-        await register_halfvec(connection)
+        await register_codecs(connection)
         engine = create_async_engine(url.set(drivername="postgresql+asyncpg"))
         stack.push_async_callback(engine.dispose)
         peers: dict[str, Peer] = {}

@@ -246,7 +246,10 @@ class ChunkTerms(Base):
 
 
 class TermFrequency(Base):
-    """How rare the common terms are, from a sample of the chunks; the empty term has the number of chunks."""
+    """How rare the common terms are, from a sample of the chunks.
+
+    The empty term has the number of chunks, ``#`` the newest chunk's id, when they were counted.
+    """
 
     __tablename__ = "term_frequencies"
 
@@ -334,41 +337,53 @@ BEFORE UPDATE ON knowledge_sources
 FOR EACH ROW EXECUTE FUNCTION kotonoha_touch_updated_at()"""
 
 
-# By its owner's right, since only that one may merge. Counted again when there are half as many chunks more.
-# Terms of a scope (#) are no words.
+# By its owner's right, since only that one may merge. Counted again when there are half as many chunks more, by
+# their ids, since counting reads all. Terms of a scope (#) are no words.
 REFRESH_TERMS_FUNCTION: Final = """\
 CREATE OR REPLACE FUNCTION kotonoha_refresh_terms(force boolean DEFAULT false) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
-    SET search_path FROM CURRENT
     AS $$
 DECLARE
-    sample_size CONSTANT bigint := 2000;
-    largest bigint := (SELECT max(chunk_id) FROM chunk_terms);
+    sample_size CONSTANT integer := 2000;
+    newest bigint := (SELECT max(chunk_id) FROM chunk_terms);
     known double precision := (SELECT frequency FROM term_frequencies WHERE term = '');
+    counted_to double precision := (SELECT frequency FROM term_frequencies WHERE term = '#');
+    drawn bigint[];
     sample bigint[];
+    chunks double precision;
 BEGIN
-    PERFORM gin_clean_pending_list('idx_chunk_terms_terms');
-    IF largest IS NULL OR (largest < 1.5 * known AND NOT force) THEN
+    -- While the index is still being built there is nothing to merge.
+    PERFORM gin_clean_pending_list(indexrelid) FROM pg_index
+    WHERE indexrelid = to_regclass('idx_chunk_terms_terms') AND indisvalid;
+    IF newest IS NULL OR (abs(newest - counted_to) < known / 2 AND NOT force) THEN
         RETURN;
     END IF;
     -- Whoever is counting already counts for all.
     IF NOT pg_try_advisory_xact_lock(7205110862154902382) THEN
         RETURN;
     END IF;
-    IF largest > sample_size THEN
-        sample := ARRAY(
-            SELECT chunk_id FROM chunk_terms WHERE chunk_id = ANY (ARRAY(
-                SELECT 1 + floor(random() * largest)::bigint FROM generate_series(1, sample_size)
-            ))
-        );
+    IF newest > sample_size THEN
+        drawn := ARRAY(SELECT DISTINCT 1 + floor(random() * newest)::bigint FROM generate_series(1, sample_size));
+        sample := ARRAY(SELECT chunk_id FROM chunk_terms WHERE chunk_id = ANY (drawn));
+        chunks := newest * (cardinality(sample)::double precision / cardinality(drawn));
     END IF;
     -- All of few; and where most ids are gone, the newest.
     IF coalesce(cardinality(sample), 0) < sample_size / 10 THEN
         sample := ARRAY(SELECT chunk_id FROM chunk_terms ORDER BY chunk_id DESC LIMIT sample_size);
+        IF cardinality(sample) < sample_size THEN
+            chunks := cardinality(sample);
+        ELSE
+            -- What VACUUM counted, where it did.
+            chunks := greatest(
+                chunks, sample_size, (SELECT reltuples FROM pg_class WHERE oid = 'chunk_terms'::regclass)
+            );
+        END IF;
     END IF;
     DELETE FROM term_frequencies;
     INSERT INTO term_frequencies (term, frequency)
-    SELECT '', largest
+    SELECT '', chunks
+    UNION ALL
+    SELECT '#', newest
     UNION ALL (
         SELECT word, ndoc::double precision / cardinality(sample)
         FROM ts_stat(format('SELECT terms FROM chunk_terms WHERE chunk_id = ANY (%L::bigint[])', sample))
@@ -378,6 +393,12 @@ BEGIN
     );
 END
 $$"""
+
+# Of the tables' own schema: a caller's temporary table of the same name, with a trigger, would have the owner's right.
+REFRESH_TERMS_PATH: Final = """\
+DO $$ BEGIN EXECUTE format(
+    'ALTER FUNCTION kotonoha_refresh_terms(boolean) SET search_path = %I, pg_temp', current_schema()
+); END $$"""
 
 
 # Uncompressed: a search reads the terms of its best candidates.
@@ -400,3 +421,4 @@ def _finish(_: MetaData, connection: Connection, **__: Any) -> None:
     connection.exec_driver_sql(VECTOR_STORAGE)
     connection.exec_driver_sql(TERMS_STORAGE)
     connection.exec_driver_sql(REFRESH_TERMS_FUNCTION)
+    connection.exec_driver_sql(REFRESH_TERMS_PATH)

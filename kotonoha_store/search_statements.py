@@ -187,8 +187,9 @@ def table_size() -> Prepared:
     """How many pages the chunks fill now; how many pages and chunks there were when that was last counted."""
     size = func.pg_relation_size(literal_column("'knowledge_chunks'::regclass"))
     block_size = cast(func.current_setting(literal_column("'block_size'")), BigInteger)
+    pages = cast(func.div(size, block_size), Integer)
     counted = text("relpages, reltuples FROM pg_class WHERE oid = 'knowledge_chunks'::regclass")
-    return prepare(select(size / block_size, counted))
+    return prepare(select(pages, counted))
 
 
 @lru_cache(maxsize=_CACHED_SHAPES)

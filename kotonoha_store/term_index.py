@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ARRAY, BigInteger, bindparam, delete, func, select
+from sqlalchemy import ARRAY, BigInteger, Boolean, ColumnElement, bindparam, delete, func, select
 
 from kotonoha_store.columns import AnySelect
 from kotonoha_store.database import Executor, driver_connection, ensure_codecs
@@ -15,8 +15,13 @@ from kotonoha_store.words import analyse, pack_terms, scope_terms
 
 FILL_BATCH: Final = 1000
 
+FIRST_ID: Final = -(2**63)
+"""Before every chunk: also those whose id no sequence gave."""
+
 # More than this takes a visible part of a second: off the event loop.
 _CHARACTERS_IN_LOOP: Final = 20_000
+
+_IDS: Final = bindparam("ids", type_=ARRAY(BigInteger))
 
 
 class TextOfChunk(NamedTuple):
@@ -41,12 +46,15 @@ async def write_terms(unit: Executor, chunks: Sequence[TextOfChunk]) -> None:
     await driver.copy_records_to_table("chunk_terms", columns=["chunk_id", "terms", "folded"], records=records)
 
 
-async def refresh_terms(unit: Executor) -> None:
+async def refresh_terms(unit: Executor, *, force: bool = False) -> None:
     """Merge new terms into their index, and count anew how many chunks hold each where that may have changed.
 
     Else every search would read what was not merged, one by one.
+
+    Args:
+        force: count in any case: after :func:`fill_terms`, since growth is seen by new ids only.
     """
-    await unit.execute(select(func.kotonoha_refresh_terms()))
+    await unit.execute(_refresh(), {"force": force})
 
 
 async def rewrite_terms(unit: Executor, chunks: Sequence[TextOfChunk]) -> None:
@@ -56,8 +64,11 @@ async def rewrite_terms(unit: Executor, chunks: Sequence[TextOfChunk]) -> None:
     await write_terms(unit, chunks)
 
 
-async def fill_terms(unit: Executor, *, after_id: int = 0, ids: Sequence[int] | None = None) -> int | None:
+async def fill_terms(unit: Executor, *, after_id: int = FIRST_ID, ids: Sequence[int] | None = None) -> int | None:
     """Write the terms of up to :data:`FILL_BATCH` chunks that have none.
+
+    Their sources are locked first, as by everybody who writes chunks. So nobody else writes the same terms, and no
+    title changes meanwhile.
 
     Args:
         ids: only these chunks, however many.
@@ -66,9 +77,14 @@ async def fill_terms(unit: Executor, *, after_id: int = 0, ids: Sequence[int] | 
         The last chunk's id, after which the next call goes on; None when there were none.
     """
     parameters: Mapping[str, Any] = {"after_id": after_id} if ids is None else {"ids": list(ids)}
-    rows = (await unit.execute(_without_terms(only=ids is not None), parameters)).all()
+    found = (await unit.execute(_without_terms(only=ids is not None), parameters)).all()
+    if not found:
+        return None
+    await unit.execute(_lock_sources(), {"ids": sorted({row.source_id for row in found})})
+    rows = await unit.execute(_texts(), {"ids": [row.id for row in found]})
     await write_terms(unit, [TextOfChunk(row.id, row.title, row.content, Scope(*row[3:])) for row in rows])
-    return rows[-1].id if rows else None
+    last: int = found[-1].id
+    return last
 
 
 def _records(chunks: Sequence[TextOfChunk]) -> list[tuple[int, bytes, str | None]]:
@@ -80,23 +96,40 @@ def _records(chunks: Sequence[TextOfChunk]) -> list[tuple[int, bytes, str | None
 
 
 def _delete() -> Any:
-    return (
-        delete(ChunkTerms)
-        .where(ChunkTerms.chunk_id == func.any(bindparam("ids", type_=ARRAY(BigInteger))))
-        .execution_options(synchronize_session=False)
-    )
+    return delete(ChunkTerms).where(ChunkTerms.chunk_id == func.any(_IDS)).execution_options(synchronize_session=False)
+
+
+def _refresh() -> AnySelect:
+    return select(func.kotonoha_refresh_terms(bindparam("force", type_=Boolean())))
 
 
 def _without_terms(*, only: bool) -> AnySelect:
-    """Locked, so that a chunk that is being deleted meanwhile is passed over and not violated."""
+    chunk = KnowledgeChunk
+    statement = select(chunk.id, chunk.source_id).where(_has_no_terms()).order_by(chunk.id)
+    if only:
+        return statement.where(chunk.id == func.any(_IDS))
+    return statement.where(chunk.id > bindparam("after_id", type_=BigInteger())).limit(FILL_BATCH)
+
+
+def _lock_sources() -> AnySelect:
+    source = KnowledgeSource.id
+    return select(source).where(source == func.any(_IDS)).order_by(source).with_for_update(key_share=True)
+
+
+def _texts() -> AnySelect:
+    """A statement of its own after the lock, so that it sees whose terms were written meanwhile.
+
+    Locked too, so that a chunk that somebody deletes without its source is passed over and not violated.
+    """
     chunk, source = KnowledgeChunk, KnowledgeSource
-    statement = (
+    return (
         select(chunk.id, source.title, chunk.content, chunk.guild_id, chunk.channel_id, chunk.thread_id, chunk.user_id)
         .join(source, source.id == chunk.source_id)
-        .where(~select(ChunkTerms.chunk_id).where(ChunkTerms.chunk_id == chunk.id).exists())
+        .where(chunk.id == func.any(_IDS), _has_no_terms())
         .order_by(chunk.id)
-        .with_for_update(key_share=True, of=chunk, skip_locked=True)
+        .with_for_update(read=True, key_share=True, of=chunk, skip_locked=True)
     )
-    if only:
-        return statement.where(chunk.id == func.any(bindparam("ids", type_=ARRAY(BigInteger))))
-    return statement.where(chunk.id > bindparam("after_id", type_=BigInteger())).limit(FILL_BATCH)
+
+
+def _has_no_terms() -> ColumnElement[bool]:
+    return ~select(ChunkTerms.chunk_id).where(ChunkTerms.chunk_id == KnowledgeChunk.id).exists()
