@@ -40,6 +40,8 @@ from kotonoha_store.models import (
     Session,
     TermFrequency,
 )
+from kotonoha_store.recall import Citation, Recall
+from kotonoha_store.recall_check import RecallReport
 from kotonoha_store.records import (
     AnyFilters,
     AppendResult,
@@ -79,6 +81,7 @@ __all__ = [
     "ArchivedSession",
     "Base",
     "ChunkTerms",
+    "Citation",
     "ClaimedChunk",
     "CombinedFilters",
     "ConfigurationError",
@@ -113,6 +116,8 @@ __all__ = [
     "OpenAIEmbedder",
     "QueueDepth",
     "RateLimitedError",
+    "Recall",
+    "RecallReport",
     "SchemaOutdatedError",
     "Scope",
     "SearchFilters",

@@ -516,3 +516,20 @@ def _place(chunk: Any) -> Any:
     """Where the chunk stands in its source; NULL where its location does not say."""
     index = chunk.location["chunk_index"]
     return case((func.jsonb_typeof(index) == literal_column("'number'"), cast(index.astext, Numeric)))
+
+
+@cache
+def sampled_vectors() -> Prepared:
+    """Up to ``limit`` stored vectors of ``model``, chosen at random by their ids."""
+    largest = select(func.max(KnowledgeChunk.id)).scalar_subquery()
+    limit = bindparam("limit", type_=Integer())
+    # Ten times as many as wanted, since ids may be gone, not embedded, or of another model.
+    random_id = cast(1 + func.floor(func.random() * largest), BigInteger).label("id")
+    ids = _materialized(select(random_id).select_from(func.generate_series(1, 10 * limit)).distinct(), "random_ids")
+    chosen = (
+        select(KnowledgeChunk.embedding)
+        .join(ids, ids.c.id == KnowledgeChunk.id)
+        .where(KnowledgeChunk.embedding.is_not(None), KnowledgeChunk.embedding_model == _MODEL)
+        .limit(limit)
+    )
+    return prepare(chosen)

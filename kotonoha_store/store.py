@@ -16,11 +16,13 @@ from kotonoha_store import migrations
 from kotonoha_store.archiver import SessionArchiver
 from kotonoha_store.chunking import split_text
 from kotonoha_store.columns import VectorLike
-from kotonoha_store.database import Database
+from kotonoha_store.database import Database, translated_errors
 from kotonoha_store.embedders import Embedder, embedder_from_settings
 from kotonoha_store.embedding_queue import EmbeddingQueue
-from kotonoha_store.errors import ConfigurationError, InvalidInputError
+from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError
 from kotonoha_store.knowledge import KnowledgeRepository
+from kotonoha_store.recall import Recall, assemble
+from kotonoha_store.recall_check import RecallReport, recall_check
 from kotonoha_store.records import (
     AnyFilters,
     DocumentResult,
@@ -29,7 +31,9 @@ from kotonoha_store.records import (
     Scope,
     SearchFilters,
     SearchResult,
+    SessionRecord,
     SourceType,
+    check_count,
     check_text,
 )
 from kotonoha_store.retrieval import SearchRepository
@@ -37,6 +41,7 @@ from kotonoha_store.search_request import Match, check_query, check_search
 from kotonoha_store.selectivity import Effort, Remembered, Selectivity
 from kotonoha_store.sessions import SessionRepository
 from kotonoha_store.settings import Settings
+from kotonoha_store.term_index import FIRST_ID, fill_terms, refresh_terms
 from kotonoha_store.worker import EmbeddingWorker
 
 
@@ -50,6 +55,10 @@ FROM_SETTINGS: Final = _Default.FROM_SETTINGS
 
 
 SearchMode = Literal["meaning", "words", "hybrid"]
+
+
+# More would not fit into any prompt.
+_RECALL_MESSAGES: Final = 1000
 
 
 class _Page(TypedDict):
@@ -318,6 +327,81 @@ class Store:
                 result = await search.hybrid(str(query), vector, fusion=fusion, **ranking, **page)
         return replace(result, timings=replace(result.timings, embedding=embedding))
 
+    async def recall(
+        self,
+        session_key: str,
+        query: str,
+        max_tokens: int,
+        *,
+        filters: AnyFilters | None = None,
+        everywhere: bool = False,
+        mode: Literal["words", "hybrid"] = "hybrid",
+        top_k: int | None = None,
+        fusion: Fusion | None = None,
+    ) -> Recall:
+        """Return what a bot puts in its prompt: the session's last messages and what it remembers beside them.
+
+        Args:
+            session_key: of the conversation; it need not exist yet where ``filters`` are given.
+            query: usually what the person just said.
+            max_tokens: of messages and hits together (cl100k_base). At most half of it is kept for the messages.
+            filters: what to search in. By default the session's own channel; without a channel its user, else
+                the session alone: whoever reads along there has read it before.
+            mode: ``hybrid``, or ``words`` where there is no embedder.
+            top_k: how many hits to choose from; KB_DEFAULT_TOP_K by default.
+
+        Raises:
+            NotFoundError: no session has this key, and no filters are given.
+            InvalidInputError: a blank query, or a value out of range.
+            EmbeddingError: the query could not be embedded.
+        """
+        check_count(max_tokens, "max_tokens", 1, 2**31 - 1)
+        if mode not in ("words", "hybrid"):
+            raise InvalidInputError(f"mode must be words or hybrid, got {mode!r}")
+        async with self.begin() as tx:
+            session = await tx.sessions.find(session_key, last=_RECALL_MESSAGES)
+        if session is None and filters is None and not everywhere:
+            raise NotFoundError(f"no session has the key {session_key!r}; name what to search in by filters=")
+        if filters is None and session is not None and not everywhere:
+            filters = _own_scope(session)
+        result = await self.search(
+            query, mode=mode, top_k=top_k, filters=filters, everywhere=everywhere, threshold=None, fusion=fusion
+        )
+        messages = () if session is None else session.messages
+        end = 0 if session is None else session.messages_offset + session.message_count
+        # Off the event loop: counting tokens of long messages is work.
+        return await asyncio.to_thread(
+            assemble, messages, end - len(messages), session_key, result, max_tokens=max_tokens
+        )
+
+    async def recall_check(
+        self, *, model: str | None = None, sample: int = 50, top_k: int = 10, wanted: float = 0.98
+    ) -> RecallReport:
+        """Measure how much of what is nearest the index finds; see :func:`kotonoha_store.recall_check.recall_check`.
+
+        Args:
+            model: whose vectors; the store's embedder's by default.
+
+        Raises:
+            NotFoundError: there are no vectors of this model.
+            InvalidInputError: a value is out of range.
+        """
+        model = model or self.embedder.model
+        return await recall_check(self.database, model, sample=sample, top_k=top_k, wanted=wanted)
+
+    async def fill_terms(self) -> None:
+        """Write the words of chunks that have none, such as other programs inserted.
+
+        Raises:
+            StoreUnavailableError: the database did not answer. Call it again: what was written stays.
+        """
+        after_id: int | None = FIRST_ID
+        while after_id is not None:
+            async with self.database.transaction() as connection:
+                with translated_errors():
+                    after_id = await fill_terms(connection, after_id=after_id)
+                    await refresh_terms(connection)
+
     @asynccontextmanager
     async def _searching(self) -> AsyncIterator[SearchRepository]:
         async with self.database.driver() as connection:
@@ -355,6 +439,15 @@ class Store:
             )
             for index, piece in enumerate(pieces)
         ]
+
+
+def _own_scope(session: SessionRecord) -> SearchFilters:
+    scope = session.scope
+    if scope.channel_id is not None:
+        return SearchFilters(guild_id=scope.guild_id, channel_id=scope.channel_id)
+    if scope.user_id is not None:
+        return SearchFilters(guild_id=scope.guild_id, user_id=scope.user_id)
+    return SearchFilters(session_keys=(session.session_key,))
 
 
 def _check_mode(query: object, mode: str, **given: Any) -> None:

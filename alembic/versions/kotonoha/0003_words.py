@@ -46,36 +46,48 @@ INDEXES = (
 REFRESH_FUNCTION = """\
 CREATE OR REPLACE FUNCTION kotonoha_refresh_terms(force boolean DEFAULT false) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
-    SET search_path FROM CURRENT
     AS $$
 DECLARE
-    sample_size CONSTANT bigint := 2000;
-    largest bigint := (SELECT max(chunk_id) FROM chunk_terms);
+    sample_size CONSTANT integer := 2000;
+    newest bigint := (SELECT max(chunk_id) FROM chunk_terms);
     known double precision := (SELECT frequency FROM term_frequencies WHERE term = '');
+    counted_to double precision := (SELECT frequency FROM term_frequencies WHERE term = '#');
+    drawn bigint[];
     sample bigint[];
+    chunks double precision;
 BEGIN
-    PERFORM gin_clean_pending_list('idx_chunk_terms_terms');
-    IF largest IS NULL OR (largest < 1.5 * known AND NOT force) THEN
+    -- While the index is still being built there is nothing to merge.
+    PERFORM gin_clean_pending_list(indexrelid) FROM pg_index
+    WHERE indexrelid = to_regclass('idx_chunk_terms_terms') AND indisvalid;
+    IF newest IS NULL OR (abs(newest - counted_to) < known / 2 AND NOT force) THEN
         RETURN;
     END IF;
     -- Whoever is counting already counts for all.
     IF NOT pg_try_advisory_xact_lock(7205110862154902382) THEN
         RETURN;
     END IF;
-    IF largest > sample_size THEN
-        sample := ARRAY(
-            SELECT chunk_id FROM chunk_terms WHERE chunk_id = ANY (ARRAY(
-                SELECT 1 + floor(random() * largest)::bigint FROM generate_series(1, sample_size)
-            ))
-        );
+    IF newest > sample_size THEN
+        drawn := ARRAY(SELECT DISTINCT 1 + floor(random() * newest)::bigint FROM generate_series(1, sample_size));
+        sample := ARRAY(SELECT chunk_id FROM chunk_terms WHERE chunk_id = ANY (drawn));
+        chunks := newest * (cardinality(sample)::double precision / cardinality(drawn));
     END IF;
     -- All of few; and where most ids are gone, the newest.
     IF coalesce(cardinality(sample), 0) < sample_size / 10 THEN
         sample := ARRAY(SELECT chunk_id FROM chunk_terms ORDER BY chunk_id DESC LIMIT sample_size);
+        IF cardinality(sample) < sample_size THEN
+            chunks := cardinality(sample);
+        ELSE
+            -- What VACUUM counted, where it did.
+            chunks := greatest(
+                chunks, sample_size, (SELECT reltuples FROM pg_class WHERE oid = 'chunk_terms'::regclass)
+            );
+        END IF;
     END IF;
     DELETE FROM term_frequencies;
     INSERT INTO term_frequencies (term, frequency)
-    SELECT '', largest
+    SELECT '', chunks
+    UNION ALL
+    SELECT '#', newest
     UNION ALL (
         SELECT word, ndoc::double precision / cardinality(sample)
         FROM ts_stat(format('SELECT terms FROM chunk_terms WHERE chunk_id = ANY (%L::bigint[])', sample))
@@ -85,6 +97,12 @@ BEGIN
     );
 END
 $$"""
+
+# Of the tables' own schema: a caller's temporary table of the same name, with a trigger, would have the owner's right.
+REFRESH_PATH = """\
+DO $$ BEGIN EXECUTE format(
+    'ALTER FUNCTION kotonoha_refresh_terms(boolean) SET search_path = %I, pg_temp', current_schema()
+); END $$"""
 
 TOUCH_TRIGGER = """\
 CREATE OR REPLACE TRIGGER trg_sources_touch_updated_at
@@ -98,13 +116,15 @@ UNFILLED = text(
     " WHERE c.id > :after AND t.chunk_id IS NULL ORDER BY c.id LIMIT :batch"
 )
 
-# A chunk that was deleted since it was read is passed over; the lock keeps it until the row is in.
+# A chunk that is deleted since it was read is passed over, without waiting: the deletion may wait for another of
+# these. The lock keeps it until the row is in.
 FILL = text(
     "INSERT INTO chunk_terms (chunk_id, terms, folded)"
     " SELECT n.chunk_id, n.terms, n.folded FROM unnest("
     " CAST(:ids AS bigint[]), CAST(CAST(:terms AS text[]) AS tsvector[]), CAST(:folded AS text[])"
     ") AS n (chunk_id, terms, folded)"
-    " JOIN (SELECT id FROM knowledge_chunks WHERE id = ANY (CAST(:ids AS bigint[])) FOR KEY SHARE) AS c"
+    " JOIN (SELECT id FROM knowledge_chunks WHERE id = ANY (CAST(:ids AS bigint[]))"
+    " FOR KEY SHARE SKIP LOCKED) AS c"
     " ON c.id = n.chunk_id ON CONFLICT DO NOTHING"
 )
 
@@ -134,7 +154,8 @@ def scope(row: Any) -> list[str]:
 
 def fill_terms(connection: Connection) -> None:
     """Committed batch by batch: run again after a crash, it goes on where it was."""
-    after = 0
+    # Ids below zero, which no sequence gave, too.
+    after = -(2**63)
     while rows := connection.execute(UNFILLED, {"after": after, "batch": BATCH}).all():
         words = [analyse(row.title, row.content) for row in rows]
         values = {
@@ -162,6 +183,7 @@ def upgrade() -> None:
     op.execute("ALTER TABLE chunk_terms ALTER COLUMN terms SET STORAGE EXTERNAL")
     op.execute(FREQUENCIES_TABLE)
     op.execute(REFRESH_FUNCTION)
+    op.execute(REFRESH_PATH)
 
     with op.get_context().autocommit_block():
         if context.is_offline_mode():
@@ -175,7 +197,8 @@ def upgrade() -> None:
         op.execute("SET lock_timeout = 0")
         for index in INDEXES:
             create_concurrently(index)
-        op.execute("SELECT kotonoha_refresh_terms()")
+        # Whoever added a chunk during the build has counted those few only.
+        op.execute("SELECT kotonoha_refresh_terms(force => true)")
 
 
 def downgrade() -> None:
