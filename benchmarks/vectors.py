@@ -239,7 +239,13 @@ class Turns:
         return statistics.median(self.seconds)
 
 
-async def take_turns(searches: Mapping[str, Search], queries: Vectors, *, repeats: int, label: str) -> dict[str, Turns]:
+async def take_turns(
+    searches: Mapping[str, Callable[[Any], Awaitable[Any]]],
+    queries: Vectors | Sequence[str],
+    *,
+    repeats: int,
+    label: str,
+) -> dict[str, Turns]:
     """Ask every query of each side in turn, who goes first alternating, after a warm-up of twenty queries.
 
     Each side asks a query once more before it is timed: else whoever goes first would read the pages that the

@@ -229,15 +229,17 @@ async def remember(store: Store, conversation: Conversation, progress: Progress)
 
 
 async def ask(store: Store, conversation: Conversation, question: str, top_k: int) -> None:
+    # By words and by meaning.
     result = await store.search(
-        question, top_k=top_k, threshold=None, filters=SearchFilters(guild_id=conversation.guild_id)
+        question, mode="hybrid", top_k=top_k, filters=SearchFilters(guild_id=conversation.guild_id)
     )
     console.print(f"\n[bold]{escape(question)}[/bold]", highlight=False)
     if not result.hits:
         console.print("  nothing was remembered: sessions below KB_MIN_SESSION_LENGTH characters are not archived")
     for hit in result.hits:
         link = hit.url or f"{conversation.file}#{hit.location['first_message_id']}"
-        lines = [f"  {hit.similarity:.2f}  {hit.title}  ({hit.location['label']})", f"        {link}"]
+        similarity = "   -" if hit.similarity is None else f"{hit.similarity:.2f}"
+        lines = [f"  {similarity}  {hit.title}  ({hit.location['label']})", f"        {link}"]
         lines += [f"        | {line}" for line in hit.content.splitlines()]
         for line in lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)

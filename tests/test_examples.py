@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import settings_for
@@ -157,15 +159,39 @@ def test_quickstart_on_an_unreachable_database_says_so_without_the_password() ->
     assert "cret" not in done.stdout + done.stderr
 
 
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_readme_code_runs(empty_url: URL, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for number, block in enumerate(blocks):
-        script = tmp_path / f"block{number}.py"
-        script.write_text(block, encoding="utf-8")
-        done = run(empty_url, str(script))
-        assert done.returncode == 0, done.stderr
-        assert "梅雨" in done.stdout.splitlines()[0]
+    script = tmp_path / "first.py"
+    script.write_text(readme_blocks()[0], encoding="utf-8")
+    done = run(empty_url, str(script))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "梅雨" in lines[0]
+    assert any("Biscuit" in line for line in lines)
+
+
+async def test_readme_searches_run(store: Store) -> None:
+    _, searches = readme_blocks()
+    names: dict[str, Any] = {}
+    exec(searches, names)  # noqa: S102  the README's own code
+    scope = {"guild_id": 1, "channel_id": 2}
+    said = datetime(2026, 6, 14, tzinfo=UTC)
+    await store.add_document("梅雨", "北海道には梅雨がない。 Biscuit, a puppy.", occurred_at=said, **scope)
+    await store.add_document("雨", "雨の多い季節のはなし。", occurred_at=said, user_id=7, **scope)
+    await store.embedding_worker.run_until_empty()
+    results = await names["searches"](store, await store.embedder.embed_query("雨"))
+    found = [[hit.title for hit in result.hits] for result in results]
+    assert [sorted(titles) for titles in found] == [
+        ["梅雨", "雨"],
+        ["梅雨"],
+        ["梅雨"],
+        ["梅雨"],
+        ["梅雨", "雨"],
+        ["梅雨", "雨"],
+    ]
 
 
 def test_readme_commands_are_what_is_run() -> None:
