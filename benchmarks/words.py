@@ -52,7 +52,7 @@ MOST: Final = 1000
 Figures = dict[str, Any]
 
 
-async def load(store: Store, url: URL, texts: Sequence[str]) -> float:
+async def load(store: Store, texts: Sequence[str]) -> float:
     """Add the texts as they come, without vectors; return how many a second."""
     notes.print(f"adding {len(texts)} texts")
     async with store.begin() as tx:
@@ -162,7 +162,7 @@ async def measure_all(url: URL, corpus: Corpus, options: argparse.Namespace) -> 
     questions = list(dict.fromkeys(corpus.questions))[: options.queries]
     async with Store.open(store_settings(url)) as store:
         await store.migrate()
-        ingest = await load(store, url, texts)
+        ingest = await load(store, texts)
         await embed(url, len(texts))
         figures: Figures = {
             "phrase": _figures(await measure(store, [f'"{phrase}"' for phrase in phrases], options.repeats)),

@@ -29,7 +29,6 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    true,
     union,
     update,
 )
@@ -201,7 +200,7 @@ async def _settle(session: AsyncSession, sources: Sequence[int]) -> int:
 
 async def _forget_words(session: AsyncSession) -> None:
     """Count anew which words are common, so that none stays in that list which only deleted chunks had."""
-    await session.execute(select(func.kotonoha_refresh_terms(true())))
+    await refresh_terms(session, force=True)
     # Where nothing is left there is nothing to count, and the list would stay.
     if (await session.execute(select(~exists().select_from(ChunkTerms)))).scalar_one():
         await session.execute(delete(TermFrequency).execution_options(synchronize_session=False))
@@ -305,13 +304,9 @@ def _chunks_to_delete(shape: Shape) -> AnySelect:
 
 def _letters_to_delete(shape: Shape) -> AnySelect:
     """Locked in order: those whose source is gone are guarded by no lock of it."""
-    is_orphan = ~exists().where(_SOURCES.c.id == _LETTERS.c.source_id).correlate(_LETTERS)
-    return (
-        select(_LETTERS.c.id)
-        .where(or_(_LETTERS.c.source_id == func.any(_IDS), is_orphan), *_on_letters(shape))
-        .order_by(_LETTERS.c.id)
-        .with_for_update(of=_LETTERS)
-    )
+    of_source = or_(_LETTERS.c.source_id == func.any(_IDS), _LETTERS.c.source_id.is_(None))
+    statement = select(_LETTERS.c.id).where(of_source, *_on_letters(shape))
+    return statement.order_by(_LETTERS.c.id).with_for_update(of=_LETTERS)
 
 
 def _lock_emptied() -> AnySelect:
@@ -421,12 +416,12 @@ def _change_values(changes: _Changes, batch: Sequence[int]) -> dict[str, Any]:
 
 
 def _lock_texts() -> AnySelect:
-    """Locked, so that whoever is just filling in terms that were missing is waited for, and not violated."""
+    """Locked against the keys of terms: who is just writing some, as a migration does, is waited for, not violated."""
     chunk, source = KnowledgeChunk, KnowledgeSource
     return (
         select(chunk.id, source.title, chunk.content, chunk.guild_id, chunk.channel_id, chunk.thread_id, chunk.user_id)
         .join(source, source.id == chunk.source_id)
         .where(chunk.id == func.any(_IDS))
         .order_by(chunk.id)
-        .with_for_update(key_share=True, of=chunk)
+        .with_for_update(of=chunk)
     )

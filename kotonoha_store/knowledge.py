@@ -330,8 +330,8 @@ class KnowledgeRepository:
             await driver.copy_records_to_table("knowledge_chunks", columns=_CHUNK_COLUMNS, records=records)
             if waiting := [(chunk_id,) for chunk_id, row in numbered if row.embedding is None]:
                 await driver.copy_records_to_table("embedding_jobs", columns=["chunk_id"], records=waiting)
-            texts = [TextOfChunk(chunk_id, title, row.content, scope) for chunk_id, row in numbered]
-            await write_terms(self._session, texts)
+        texts = [TextOfChunk(chunk_id, title, row.content, scope) for chunk_id, row in zip(ids, rows, strict=True)]
+        await write_terms(self._session, texts)
         return ids
 
     async def _replace_chunks(

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from time import perf_counter
 from typing import Any, Final
+
+import numpy as np
 
 from kotonoha_store import search_statements as statements
 from kotonoha_store.database import Database, translated_errors
@@ -13,6 +16,7 @@ from kotonoha_store.records import check_count, check_number, check_text
 from kotonoha_store.selectivity import ef_search
 
 _LADDER: Final = (40, 100, 200, 400, 1000)
+_ID: Final = 0
 _SIMILARITY: Final = 6
 
 # Half precision holds about three digits: nearer than this two distances are the same.
@@ -26,7 +30,7 @@ class RecallReport:
     Attributes:
         model: whose vectors were searched.
         sampled: how many stored vectors were searched for.
-        top_k: how many neighbours of each.
+        top_k: how many neighbours of each, itself not counted.
         recall: share of the true neighbours that the index finds at the ``ef_search`` searches use by default.
         ef_search: that default.
         by_ef_search: the share for each value that was tried.
@@ -78,16 +82,19 @@ async def recall_check(
             vectors = await _sample(driver, model, sample)
             if not vectors:
                 raise NotFoundError(f"there are no vectors of {model!r} to check; embed some chunks first")
-            for vector in vectors:
-                values = {"query": vector, "model": model, "candidates": top_k, "top_k": top_k, "offset": 0}
-                truth = await _similarities(driver, statements.nearest("exact", EVERYTHING), values)
+            for chunk_id, vector in vectors:
+                # One more, since each vector finds itself.
+                values = {"query": vector, "model": model, "candidates": top_k + 1, "top_k": top_k + 1, "offset": 0}
+                exact = statements.nearest("exact", EVERYTHING)
+                truth = (await _similarities(driver, exact, values, chunk_id))[:top_k]
                 total += len(truth)
                 for effort in efforts:
-                    through = statements.nearest("index", EVERYTHING)
-                    near = await _similarities(driver, through, values | {"ef_search": str(effort)})
+                    index = statements.nearest("index", EVERYTHING)
+                    near = await _similarities(driver, index, values | {"ef_search": str(effort)}, chunk_id)
                     # By distance, so that either of two equals will do.
-                    found[effort] += sum(similarity >= truth[-1] - _TIE for similarity in near)
-    by_ef_search = {effort: count / total for effort, count in found.items()}
+                    found[effort] += sum(similarity >= truth[-1] - _TIE for similarity in near[: len(truth)])
+    # A vector that is alone has no neighbour to be missed.
+    by_ef_search = {effort: count / total if total else 1.0 for effort, count in found.items()}
     return RecallReport(
         model=model,
         sampled=len(vectors),
@@ -103,9 +110,13 @@ async def recall_check(
 
 async def _sample(driver: Any, model: str, count: int) -> list[Any]:
     prepared = statements.sampled_vectors()
-    return [row[0] for row in await driver.fetch(prepared.sql, *prepared.arguments({"model": model, "limit": count}))]
+    rows = await driver.fetch(prepared.sql, *prepared.arguments({"model": model, "limit": count}))
+    # Nothing is near to a vector of zeros; other programs may have stored one.
+    return [row for row in rows if np.any(row[1])]
 
 
-async def _similarities(driver: Any, prepared: statements.Prepared, values: dict[str, Any]) -> Sequence[float]:
+async def _similarities(
+    driver: Any, prepared: statements.Prepared, values: dict[str, Any], without: int
+) -> Sequence[float]:
     rows = await driver.fetch(prepared.sql, *prepared.arguments(values))
-    return [row[_SIMILARITY] for row in rows]
+    return [row[_SIMILARITY] for row in rows if row[_ID] != without and not isnan(row[_SIMILARITY])]

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import inf
 from time import perf_counter
@@ -15,7 +16,7 @@ from kotonoha_store import search_statements as statements
 from kotonoha_store.columns import VectorLike, pack_vector
 from kotonoha_store.database import ensure_codecs, translated
 from kotonoha_store.diversity import spread_out
-from kotonoha_store.errors import ModelMismatchError
+from kotonoha_store.errors import InvalidInputError, ModelMismatchError
 from kotonoha_store.filters import EVERYTHING as EVERYTHING_SHAPE
 from kotonoha_store.records import (
     AnyFilters,
@@ -223,11 +224,13 @@ class SearchRepository:
         Raises:
             InvalidInputError: a blank query, no scope was named, or a value is out of range.
             InvalidVectorError: the vector cannot be compared: dimension, NaN, zero.
-            ModelMismatchError: there are vectors in this scope, but none of ``model``.
+            ModelMismatchError: nothing was found, there are vectors in this scope, but none of ``model``.
         """
         started = perf_counter()
         filters = SearchFilters() if filters is None else filters
         fusion = Fusion() if fusion is None else fusion
+        if not isinstance(fusion, Fusion):
+            raise InvalidInputError(f"fusion must be Fusion(...), not {type(fusion).__name__}")
         options = check_search(
             top_k,
             threshold,
@@ -262,6 +265,8 @@ class SearchRepository:
         rows, _, complete = await self._by_meaning(prepared, plan, values, asked)
         if not rows and complete and not offset:
             await self._refuse_other_models(asked, model)
+        # With as many as are fused of one side, more may lie behind them.
+        complete = complete and (len(rows) >= values["top_k"] or offset + len(rows) < candidates)
         return await self._result(rows, "hybrid", complete, model, options, started)
 
     async def _by_meaning(
@@ -362,7 +367,10 @@ class SearchRepository:
         options: Options,
         started: float,
     ) -> SearchResult:
-        chosen = _spread(rows, options) if options.is_diverse else rows
+        chosen = rows
+        if options.is_diverse:
+            chosen = _spread(rows, options)
+            complete = len(chosen) == options.top_k or (complete and len(chosen) == len(rows))
         hits = [_hit(row) for row in chosen if _is_near(row[_SIMILARITY], options.threshold)]
         if options.neighbours and hits:
             hits = await self._with_neighbours(hits, options.neighbours)
@@ -394,6 +402,9 @@ class _SessionRunner:
         self._session = session
 
     async def fetch(self, prepared: Prepared, values: Mapping[str, Any]) -> Sequence[Any]:
+        if self._session.autoflush:
+            # As before any query of a session's own.
+            await self._session.flush()
         await ensure_codecs(self._session)
         connection = await self._session.connection()
         return (await connection.exec_driver_sql(prepared.sql, tuple(prepared.arguments(values)))).all()
@@ -425,7 +436,7 @@ def _hit(row: Sequence[Any]) -> SearchHit:
         source_id=source_id,
         source_type=SourceType(source_type),
         title=title,
-        url=place.get("url") or uri,
+        url=url if isinstance(url := place.get("url"), str) and url else uri,
         content=content,
         similarity=similarity,
         score=score,
@@ -438,8 +449,11 @@ def _hit(row: Sequence[Any]) -> SearchHit:
 
 def _object(value: Any) -> dict[str, Any]:
     """JSON as the driver gives it. Other programs may have written anything."""
-    found = json.loads(value) if isinstance(value, str) else value
-    return found if isinstance(found, dict) else {}
+    if isinstance(value, str):
+        # Text of JSON; or a string, where the driver has read it already.
+        with suppress(ValueError):
+            value = json.loads(value)
+    return value if isinstance(value, dict) else {}
 
 
 def _is_near(similarity: float | None, threshold: float | None) -> bool:
@@ -449,7 +463,7 @@ def _is_near(similarity: float | None, threshold: float | None) -> bool:
 
 def _spread(rows: Sequence[Any], options: Options) -> list[Any]:
     """The rows that differ from each other; those without a vector cannot be compared, and are left out."""
-    compared = [row for row in rows if row[_VECTOR] is not None]
+    compared = [row for row in rows if row[_SIMILARITY] is not None]
     if not compared or options.diversity is None:
         return []
     relevance = _on_scale_of_similarities(compared)

@@ -5,7 +5,7 @@ from typing import Any, Final, Literal
 
 from kotonoha_store import search_statements as statements
 from kotonoha_store.errors import InvalidInputError
-from kotonoha_store.filters import Shape, parameters, shape
+from kotonoha_store.filters import EVERYTHING, Shape, parameters, shape
 from kotonoha_store.records import (
     AnyFilters,
     CombinedFilters,
@@ -29,7 +29,7 @@ NEIGHBOURS_MAX: Final = 20
 _POOL: Final = 100
 # How many rows of the words' index may be read to find them.
 _BUDGET: Final = 3_000.0
-# Of chunks that have all that must be there, how many are ranked.
+# Of chunks that have all that must be there, how many are ranked: the same for every page.
 _REQUIRED_POOL: Final = 1_000
 # How many of the nearest are fetched for each hit of a diverse result.
 _DIVERSE_POOL: Final = 4
@@ -56,11 +56,13 @@ class Asked:
     def by(cls, filters: AnyFilters) -> "Asked":
         parts = _all_of(filters)
         scope = [term for part in parts for term in scope_terms(**_scope_of(part))]
-        is_narrowed = len(scope) < sum(
+        asked = shape(filters)
+        # Combined filters may ask for nothing, such as ``a | SearchFilters()``.
+        is_narrowed = asked != EVERYTHING and len(scope) < sum(
             isinstance(part, CombinedFilters) or len(part.model_dump(exclude_none=True)) for part in parts
         )
         values = parameters(filters) | {"scope": lookup(scope)}
-        return cls(filters, shape(filters), values, scope, is_narrowed)
+        return cls(filters, asked, values, scope, is_narrowed)
 
 
 def _all_of(filters: AnyFilters) -> list[AnyFilters]:
@@ -124,7 +126,7 @@ class Words:
             "selecting": statements.SELECTING_TERMS,
             "budget": _BUDGET,
             "candidates": candidates,
-            "pool": max(_POOL if self.plan == "any" else _REQUIRED_POOL, 2 * candidates),
+            "pool": max(_POOL, 2 * candidates) if self.plan == "any" else _REQUIRED_POOL,
         }
 
 

@@ -4,7 +4,7 @@ Every function returns a :class:`Prepared`: SQL as asyncpg takes it, and the ord
 is one statement, and so one round trip; settings of the index that it needs are made inside of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Final, Literal
@@ -14,17 +14,21 @@ from sqlalchemy import (
     CTE,
     BigInteger,
     Boolean,
+    Column,
     ColumnElement,
     Double,
+    Exists,
     Integer,
     Numeric,
     Subquery,
+    Table,
     Text,
     and_,
     bindparam,
     case,
     cast,
     exists,
+    false,
     func,
     literal_column,
     null,
@@ -37,6 +41,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR, asyncpg
 from sqlalchemy.orm import aliased
+from sqlalchemy.sql.visitors import replacement_traverse
 
 from kotonoha_store import filters as filter_conditions
 from kotonoha_store.columns import AnySelect, HalfVector
@@ -69,6 +74,8 @@ _TEXTS: Final = ARRAY(Text)
 _NO_DISTANCE: Final = cast(null(), Double).label("distance")
 _NOTHING: Final[ColumnElement[float]] = literal_column("0::float8")
 _ONE: Final[ColumnElement[float]] = literal_column("1")
+# The distance to a vector of zeros, such as other programs may have written; no index has these.
+_NAN: Final[ColumnElement[float]] = literal_column("'NaN'::float8")
 _QUERY: Final = bindparam("query", type_=HalfVector())
 _MODEL: Final = bindparam("model", type_=Text())
 _SCOPE: Final = cast(bindparam("scope", type_=Text()), TSQUERY)
@@ -175,10 +182,18 @@ def count_up_to(shape: Shape) -> Prepared:
 @lru_cache(maxsize=_CACHED_SHAPES)
 def sampled(shape: Shape) -> Prepared:
     """Of the chunks on sampled pages: how many a filter keeps, and how many there are. Parameter: percent."""
-    pages = tablesample(KnowledgeChunk.__table__, func.system(bindparam("percent", type_=Double())))
-    holds = and_(true(), *filter_conditions.conditions(shape))
-    rows = select(holds.label("holds")).select_from(pages).join(KnowledgeChunk, KnowledgeChunk.id == pages.c.id)
-    sample = rows.subquery()
+    chunks = KnowledgeChunk.__table__
+    pages = tablesample(chunks, func.system(bindparam("percent", type_=Double())))
+
+    def of_sample(element: Any, **_: Any) -> Any:
+        if isinstance(element, Column) and element.table.name == chunks.name:
+            return pages.c[element.name]
+        # What a subquery correlates to.
+        return pages if isinstance(element, Table) and element.name == chunks.name else None
+
+    # Not by a join with the table itself: a plan for any percentage would read the whole of it.
+    holds = replacement_traverse(and_(true(), *filter_conditions.conditions(shape)), {}, of_sample)
+    sample = select(holds.label("holds")).select_from(pages).subquery()
     return prepare(select(func.count().filter(sample.c.holds), func.count()).select_from(sample))
 
 
@@ -208,21 +223,38 @@ def other_model(shape: Shape) -> Prepared:
 
 
 def _meaning(plan: VectorPlan, shape: Shape) -> CTE:
-    conditions = [
-        *filter_conditions.conditions(shape),
-        KnowledgeChunk.embedding.is_not(None),
-        KnowledgeChunk.embedding_model == _MODEL,
-    ]
+    kept = filter_conditions.conditions(shape)
+    comparable = [KnowledgeChunk.embedding.is_not(None), KnowledgeChunk.embedding_model == _MODEL]
     candidates = bindparam("candidates", type_=Integer())
     distance = KnowledgeChunk.embedding.cosine_distance(_QUERY)
     if plan == "exact":
         # Materialized, so that the planner cannot take the index after all.
-        compared = _materialized(select(KnowledgeChunk.id, distance.label("distance")).where(*conditions), "compared")
-        return _materialized(select(compared).order_by(compared.c.distance, compared.c.id).limit(candidates), "nearest")
+        each = select(KnowledgeChunk.id, distance.label("distance")).where(*kept, *comparable)
+        compared = _materialized(each, "compared")
+        found = select(compared).where(compared.c.distance != _NAN)
+        return _materialized(found.order_by(compared.c.distance, compared.c.id).limit(candidates), "nearest")
     # ORDER BY the bare distance, ascending: anything else loses the index, on PostgreSQL 16 even an id after it.
     # So equal distances are ordered by id among the rows returned; which of them are is up to the index.
-    through_index = select(KnowledgeChunk.id, distance.label("distance")).where(*conditions, *_index_settings())
+    through_index = select(KnowledgeChunk.id, distance.label("distance")).where(
+        *_one_by_one(kept), *comparable, *_index_settings()
+    )
     return _materialized(through_index.order_by(distance).limit(candidates), "nearest")
+
+
+def _one_by_one(conditions: Sequence[ColumnElement[bool]]) -> list[ColumnElement[bool]]:
+    """The filter as one condition that is asked of each chunk at hand.
+
+    So the planner has no other index for it, and nothing to estimate: for metadata or lists of ids that it does not
+    know (a plan for any values) it would expect few chunks, fetch all of them, and compare each.
+    """
+    if not conditions:
+        return []
+    # An EXISTS with an OFFSET stays where it is, and does not become a join that begins with the sources.
+    fenced = [
+        exists(condition.element.element.offset(literal_column("0"))) if isinstance(condition, Exists) else condition
+        for condition in conditions
+    ]
+    return [func.coalesce(and_(*fenced), false())]
 
 
 def _index_settings() -> list[ColumnElement[bool]]:
@@ -449,7 +481,8 @@ def _with_details(page: CTE, *, with_vectors: bool = False, measured: bool = Fal
     distance: Any = page.c.distance
     if measured:
         # What only the words found is compared here.
-        comparable = case((chunk.embedding_model == _MODEL, chunk.embedding.cosine_distance(_QUERY)))
+        measurable = func.nullif(chunk.embedding.cosine_distance(_QUERY), _NAN)
+        comparable = case((chunk.embedding_model == _MODEL, measurable))
         distance = func.coalesce(distance, comparable)
     columns = [
         chunk.id,
@@ -520,16 +553,18 @@ def _place(chunk: Any) -> Any:
 
 @cache
 def sampled_vectors() -> Prepared:
-    """Up to ``limit`` stored vectors of ``model``, chosen at random by their ids."""
-    largest = select(func.max(KnowledgeChunk.id)).scalar_subquery()
+    """Ids and vectors of up to ``limit`` chunks embedded by ``model``: drawn by random ids, else the newest."""
+    chunk = KnowledgeChunk
+    usable = [chunk.embedding.is_not(None), chunk.embedding_model == _MODEL]
     limit = bindparam("limit", type_=Integer())
+    largest = select(func.max(chunk.id)).scalar_subquery()
     # Ten times as many as wanted, since ids may be gone, not embedded, or of another model.
     random_id = cast(1 + func.floor(func.random() * largest), BigInteger).label("id")
     ids = _materialized(select(random_id).select_from(func.generate_series(1, 10 * limit)).distinct(), "random_ids")
-    chosen = (
-        select(KnowledgeChunk.embedding)
-        .join(ids, ids.c.id == KnowledgeChunk.id)
-        .where(KnowledgeChunk.embedding.is_not(None), KnowledgeChunk.embedding_model == _MODEL)
-        .limit(limit)
-    )
-    return prepare(chosen)
+    # Shuffled, since those that are met first may be the oldest.
+    shuffled = select(chunk.id).join(ids, ids.c.id == chunk.id).where(*usable).order_by(func.random()).limit(limit)
+    drawn = _materialized(shuffled, "drawn")
+    missing = limit - select(func.count()).select_from(drawn).scalar_subquery()
+    newest = select(chunk.id).where(*usable, chunk.id.not_in(select(drawn.c.id))).order_by(chunk.id.desc())
+    chosen = union_all(select(drawn.c.id), newest.limit(missing).subquery().select()).subquery("chosen")
+    return prepare(select(chunk.id, chunk.embedding).join(chosen, chosen.c.id == chunk.id))

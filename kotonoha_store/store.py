@@ -1,15 +1,16 @@
 """The whole library behind one object: :class:`Store`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any, Final, Literal, TypedDict
 
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import migrations
@@ -21,7 +22,8 @@ from kotonoha_store.embedders import Embedder, embedder_from_settings
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError
 from kotonoha_store.knowledge import KnowledgeRepository
-from kotonoha_store.recall import Recall, assemble
+from kotonoha_store.models import KnowledgeChunk
+from kotonoha_store.recall import TOKENS_A_MESSAGE, Recall, assemble
 from kotonoha_store.recall_check import RecallReport, recall_check
 from kotonoha_store.records import (
     AnyFilters,
@@ -57,8 +59,10 @@ FROM_SETTINGS: Final = _Default.FROM_SETTINGS
 SearchMode = Literal["meaning", "words", "hybrid"]
 
 
-# More would not fit into any prompt.
 _RECALL_MESSAGES: Final = 1000
+
+# How often a search is made again without the guilds that it should not have found.
+_GUILD_ROUNDS: Final = 10
 
 
 class _Page(TypedDict):
@@ -341,32 +345,41 @@ class Store:
     ) -> Recall:
         """Return what a bot puts in its prompt: the session's last messages and what it remembers beside them.
 
+        The last message comes first, the others before it up to half of the budget; then the hits; what these leave
+        goes to more messages, 1,000 at most.
+
         Args:
             session_key: of the conversation; it need not exist yet where ``filters`` are given.
             query: usually what the person just said.
-            max_tokens: of messages and hits together (cl100k_base). At most half of it is kept for the messages.
+            max_tokens: of messages and hits together (cl100k_base).
             filters: what to search in. By default the session's own channel; without a channel its user, else
-                the session alone: whoever reads along there has read it before.
+                the session alone: whoever reads along there has read it before. Where the session has no guild,
+                only what has none either.
             mode: ``hybrid``, or ``words`` where there is no embedder.
             top_k: how many hits to choose from; KB_DEFAULT_TOP_K by default.
 
         Raises:
             NotFoundError: no session has this key, and no filters are given.
             InvalidInputError: a blank query, or a value out of range.
+            ModelMismatchError: nothing was found, and the vectors in this scope are of another model.
+            ConfigurationError: ``hybrid`` without an embedder.
             EmbeddingError: the query could not be embedded.
         """
         check_count(max_tokens, "max_tokens", 1, 2**31 - 1)
         if mode not in ("words", "hybrid"):
             raise InvalidInputError(f"mode must be words or hybrid, got {mode!r}")
+        fitting = min(_RECALL_MESSAGES, max_tokens // TOKENS_A_MESSAGE)
         async with self.begin() as tx:
-            session = await tx.sessions.find(session_key, last=_RECALL_MESSAGES)
-        if session is None and filters is None and not everywhere:
-            raise NotFoundError(f"no session has the key {session_key!r}; name what to search in by filters=")
-        if filters is None and session is not None and not everywhere:
-            filters = _own_scope(session)
-        result = await self.search(
-            query, mode=mode, top_k=top_k, filters=filters, everywhere=everywhere, threshold=None, fusion=fusion
+            session = await tx.sessions.find(session_key, last=fitting)
+        search = partial(
+            self.search, query, mode=mode, top_k=top_k, everywhere=everywhere, threshold=None, fusion=fusion
         )
+        if filters is not None or everywhere:
+            result = await search(filters=filters)
+        elif session is not None:
+            result = await self._search_own_scope(session.scope, _own_scope(session), search)
+        else:
+            raise NotFoundError(f"no session has the key {session_key!r}; name what to search in by filters=")
         messages = () if session is None else session.messages
         end = 0 if session is None else session.messages_offset + session.message_count
         # Off the event loop: counting tokens of long messages is work.
@@ -386,7 +399,7 @@ class Store:
             NotFoundError: there are no vectors of this model.
             InvalidInputError: a value is out of range.
         """
-        model = model or self.embedder.model
+        model = self.embedder.model if model is None else model
         return await recall_check(self.database, model, sample=sample, top_k=top_k, wanted=wanted)
 
     async def fill_terms(self) -> None:
@@ -400,7 +413,35 @@ class Store:
             async with self.database.transaction() as connection:
                 with translated_errors():
                     after_id = await fill_terms(connection, after_id=after_id)
-                    await refresh_terms(connection)
+                    await refresh_terms(connection, force=after_id is None)
+
+    async def _search_own_scope(
+        self, scope: Scope, filters: AnyFilters, search: Callable[..., Awaitable[SearchResult]]
+    ) -> SearchResult:
+        result = await search(filters=filters)
+        if scope.guild_id is not None:
+            return result
+        # No filter asks for what has no guild, and the same channel id in a guild is another's channel.
+        for _ in range(_GUILD_ROUNDS):
+            if not (guilds := await self._guilds(result)):
+                return result
+            for guild_id in set(guilds.values()):
+                filters &= ~SearchFilters(guild_id=guild_id)
+            result = await search(filters=filters)
+        guilds = await self._guilds(result)
+        return replace(result, hits=tuple(hit for hit in result.hits if hit.chunk_id not in guilds), complete=False)
+
+    async def _guilds(self, result: SearchResult) -> dict[int, int]:
+        """The guild of each chunk that has one."""
+        if not result.hits:
+            return {}
+        chunk = KnowledgeChunk
+        has_guild = select(chunk.id, chunk.guild_id).where(
+            chunk.id.in_([hit.chunk_id for hit in result.hits]), chunk.guild_id.is_not(None)
+        )
+        async with self.database.connect() as connection:
+            with translated_errors():
+                return {row.id: row.guild_id for row in await connection.execute(has_guild)}
 
     @asynccontextmanager
     async def _searching(self) -> AsyncIterator[SearchRepository]:

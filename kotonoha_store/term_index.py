@@ -1,9 +1,10 @@
 """The words of chunks, kept beside them: written with the chunk, in the same transaction."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from sqlalchemy import ARRAY, BigInteger, Boolean, ColumnElement, bindparam, delete, func, select
 
@@ -18,8 +19,11 @@ FILL_BATCH: Final = 1000
 FIRST_ID: Final = -(2**63)
 """Before every chunk: also those whose id no sequence gave."""
 
-# More than this takes a visible part of a second: off the event loop.
+# What takes a few milliseconds; more is done off the event loop.
 _CHARACTERS_IN_LOOP: Final = 20_000
+_CHARACTERS_A_BATCH: Final = 200_000
+
+_Record: TypeAlias = tuple[int, bytes, str | None]
 
 _IDS: Final = bindparam("ids", type_=ARRAY(BigInteger))
 
@@ -35,15 +39,11 @@ class TextOfChunk(NamedTuple):
 
 async def write_terms(unit: Executor, chunks: Sequence[TextOfChunk]) -> None:
     """Write the terms of chunks that have none, by COPY. The transaction must have begun."""
-    if not chunks:
-        return
     await ensure_codecs(unit)
-    if sum(len(chunk.content) for chunk in chunks) > _CHARACTERS_IN_LOOP:
-        records = await asyncio.to_thread(_records, chunks)
-    else:
-        records = _records(chunks)
     driver = await driver_connection(unit)
-    await driver.copy_records_to_table("chunk_terms", columns=["chunk_id", "terms", "folded"], records=records)
+    async with aclosing(_analysed(chunks)) as batches:
+        async for records in batches:
+            await driver.copy_records_to_table("chunk_terms", columns=["chunk_id", "terms", "folded"], records=records)
 
 
 async def refresh_terms(unit: Executor, *, force: bool = False) -> None:
@@ -87,7 +87,39 @@ async def fill_terms(unit: Executor, *, after_id: int = FIRST_ID, ids: Sequence[
     return last
 
 
-def _records(chunks: Sequence[TextOfChunk]) -> list[tuple[int, bytes, str | None]]:
+async def _analysed(chunks: Sequence[TextOfChunk]) -> AsyncGenerator[list[_Record], None]:
+    """Rows in batches: while the server takes one, the next is made in a thread."""
+    batches = _batches(chunks)
+    if sum(len(chunk.content) for chunk in chunks) <= _CHARACTERS_IN_LOOP:
+        for batch in batches:
+            yield _records(batch)
+        return
+    following: asyncio.Task[list[_Record]] | None = None
+    try:
+        for position in range(len(batches)):
+            records = await (following or asyncio.to_thread(_records, batches[position]))
+            if position + 1 < len(batches):
+                following = asyncio.create_task(asyncio.to_thread(_records, batches[position + 1]))
+            yield records
+    finally:
+        if following is not None:
+            following.cancel()
+
+
+def _batches(chunks: Sequence[TextOfChunk]) -> list[list[TextOfChunk]]:
+    batches: list[list[TextOfChunk]] = []
+    room = 0
+    for chunk in chunks:
+        if room <= 0:
+            batches.append([])
+            # The first is short: nothing is written while it is made.
+            room = _CHARACTERS_IN_LOOP if len(batches) == 1 else _CHARACTERS_A_BATCH
+        batches[-1].append(chunk)
+        room -= len(chunk.content)
+    return batches
+
+
+def _records(chunks: Sequence[TextOfChunk]) -> list[_Record]:
     records = []
     for chunk in chunks:
         words = analyse(chunk.title, chunk.content)

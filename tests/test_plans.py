@@ -1,153 +1,30 @@
-"""The hot statements use their indexes, on enough rows, with the parameters known and unknown.
+"""The statements of the queue, of sources and of sessions use their indexes, on enough rows.
 
-After five runs of a prepared statement PostgreSQL may plan it once for all parameters (generic plan).
+With the values known and unknown: after five runs of a prepared statement PostgreSQL may plan it once for all values
+(generic plan). Those of searches are in ``test_search_plans.py``.
 """
 
-import asyncio
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from uuid import uuid4
 
-import numpy as np
 import pytest
-from conftest import new_database, settings_for
-from sqlalchemy import URL, text
+from plan_data import JUNE, MODEL, QUERY, Planner, filled_database, planner_of
+from sqlalchemy import URL
 
-from kotonoha_store import (
-    Database,
-    KnowledgeChunk,
-    Message,
-    Scope,
-    SearchFilters,
-    Session,
-    SourceType,
-    embedding_queue,
-    knowledge,
-    retrieval,
-    sessions,
-    source_status,
-)
-from kotonoha_store.columns import pack_vectors
-from kotonoha_store.database import driver_connection
-
-CHUNKS = 20_000
-MODEL = "model-a"
-QUERY = pack_vectors(np.random.default_rng(0).standard_normal((1, 1536)))[0]
-JUNE = datetime(2024, 6, 1, tzinfo=UTC)
-
-# 2,000 sources in 20 guilds with 10 embedded chunks each; 20,000 more chunks wait, of every fourth source;
-# 20,000 dead letters of every fourth source; 20,000 sessions.
-DATA = """
-INSERT INTO knowledge_sources (type, title, status, metadata, guild_id)
-    SELECT CASE WHEN i % 100 = 0 THEN 'web_page' ELSE 'discord_session' END::source_type_enum, 'title ' || i,
-           'processing', jsonb_build_object('n', i), i % 20
-    FROM generate_series(1, 2000) i;
-INSERT INTO knowledge_chunks (source_id, content, guild_id, channel_id, thread_id, user_id)
-    SELECT i % 500 * 4 + 1, 'waiting ' || i, i % 20, i % 200, i % 2000, i % 1000
-    FROM generate_series(1, 20000) i;
-INSERT INTO embedding_jobs (chunk_id, available_at)
-    SELECT id, now() - interval '1 hour' + id * interval '1 second' FROM knowledge_chunks WHERE embedding IS NULL;
-INSERT INTO knowledge_chunks_dlq (source_id, original_chunk_id, content)
-    SELECT i % 500 * 4 + 2, 100000 + i, 'dead' FROM generate_series(1, 20000) i;
-INSERT INTO sessions (session_key, session_type, status, channel_id, last_active_at, archive_due_at)
-    SELECT 'key ' || i, 'chat', CASE WHEN i % 2 = 0 THEN 'active' ELSE 'archived' END::session_status_enum, i % 2000,
-           now() - i * interval '1 minute', now() - i * interval '1 minute'
-    FROM generate_series(1, 20000) i;
-"""
-
-
-def records() -> list[tuple[Any, ...]]:
-    """Embedded chunks: 200 different vectors, since building the graph is what takes time."""
-    rng = np.random.default_rng(1)
-    packed = pack_vectors(rng.standard_normal((200, 1536)))
-    moments = [JUNE + timedelta(hours=i) for i in range(CHUNKS)]
-    return [
-        (
-            i % 2000 + 1,
-            f"chunk {i}",
-            packed[i % 200],
-            MODEL,
-            i % 20,
-            i % 200,
-            i % 2000,
-            i % 1000,
-            moments[i],
-            moments[i],
-        )
-        for i in range(CHUNKS)
-    ]
+from kotonoha_store import Message, Scope, Session, embedding_queue, knowledge, sessions, source_status, term_index
 
 
 @pytest.fixture(scope="module")
 def filled(server_url: URL, template: URL) -> Iterator[URL]:
-    columns = (
-        "source_id",
-        "content",
-        "embedding",
-        "embedding_model",
-        "guild_id",
-        "channel_id",
-        "thread_id",
-        "user_id",
-        "occurred_from",
-        "occurred_to",
-    )
-
-    async def fill(url: URL) -> None:
-        async with Database(url, settings_for(url), patient=True) as database:
-            async with database.begin() as session:
-                await session.execute(text("SET LOCAL maintenance_work_mem = '256MB'"))
-                index = text("SELECT pg_get_indexdef('idx_chunks_embedding'::regclass)")
-                definition = (await session.execute(index)).scalar_one()
-                await session.execute(text("DROP INDEX idx_chunks_embedding"))
-                driver = await driver_connection(session)
-                await driver.execute(DATA)
-                await driver.copy_records_to_table("knowledge_chunks", columns=columns, records=records())
-                await session.execute(text(definition))
-            async with database.connect() as connection:
-                await connection.execute(text("VACUUM ANALYZE"))
-
-    with new_database(server_url, template=str(template.database)) as url:
-        asyncio.run(fill(url))
+    with filled_database(server_url, template, with_graph=False) as url:
         yield url
 
 
-class Planner:
-    """EXPLAIN of the statements as the library sends them."""
-
-    def __init__(self, database: Database, *, generic: bool) -> None:
-        self._database = database
-        self._generic = generic
-
-    async def plan(self, statement: Any, **parameters: Any) -> str:
-        compiled = statement.compile(dialect=self._database.engine.dialect)
-        state = compiled.construct_expanded_state(parameters)
-        processors = {**compiled._bind_processors, **state.processors}
-        arguments = [
-            process(state.parameters[name]) if (process := processors.get(name)) else state.parameters[name]
-            for name in state.positiontup or ()
-        ]
-        explain = "EXPLAIN (GENERIC_PLAN)" if self._generic else "EXPLAIN"
-        async with self._database.begin() as session:
-            await session.execute(retrieval._index_settings(), {"ef_search": "100"})
-            driver = await driver_connection(session)
-            rows = await driver.fetch(f"{explain} {state.statement}", *arguments)
-        return "\n".join(row[0] for row in rows)
-
-    async def search(self, plan: Any, filters: SearchFilters | None = None, top_k: int = 10) -> str:
-        own = [
-            *retrieval._conditions(filters or SearchFilters()),
-            KnowledgeChunk.embedding.is_not(None),
-            KnowledgeChunk.embedding_model == MODEL,
-        ]
-        return await self.plan(plan(own), query=QUERY, top_k=top_k)
-
-
 @pytest.fixture(params=["custom", "generic"])
-async def planner(filled: URL, request: pytest.FixtureRequest) -> Any:
-    async with Database(filled, settings_for(filled)) as database:
-        yield Planner(database, generic=request.param == "generic")
+async def planner(filled: URL, request: pytest.FixtureRequest) -> AsyncIterator[Planner]:
+    async with planner_of(filled, generic=request.param == "generic") as planner:
+        yield planner
 
 
 # The queue
@@ -189,42 +66,6 @@ async def test_source_status(planner: Planner) -> None:
     assert "knowledge_sources_pkey" in lock
 
 
-# Search
-
-
-async def test_search_through_the_index(planner: Planner) -> None:
-    plan = await planner.search(retrieval._through_index)
-    assert "Index Scan using idx_chunks_embedding" in plan
-    assert "Seq Scan on knowledge_chunks" not in plan
-
-
-@pytest.mark.parametrize(
-    ("filters", "index"),
-    [
-        (SearchFilters(guild_id=1), "idx_chunks_guild_id"),
-        (SearchFilters(channel_id=1), "idx_chunks_channel_id"),
-        (SearchFilters(thread_id=1), "idx_chunks_thread_id"),
-        (SearchFilters(user_id=1), "idx_chunks_user_id"),
-        (SearchFilters(guild_id=1, user_id=1), "idx_chunks_user_id"),
-        (SearchFilters(source_ids=(1, 2, 3)), "idx_chunks_s"),
-        (SearchFilters(since=JUNE + timedelta(hours=CHUNKS - 100)), "idx_chunks_occurred_to"),
-        (SearchFilters(metadata={"n": 1}), "idx_sources_metadata"),
-        (SearchFilters(source_types=(SourceType.WEB_PAGE,)), "idx_sources_type"),
-    ],
-)
-async def test_exact_search_within_a_scope(planner: Planner, filters: SearchFilters, index: str) -> None:
-    plan = await planner.search(retrieval._exact, filters)
-    # How few rows an unknown range keeps the planner cannot tell.
-    if not (planner._generic and filters.since):
-        assert index in plan
-        assert "Seq Scan on knowledge_chunks" not in plan
-    assert "idx_chunks_embedding" not in plan
-
-
-async def test_the_exact_plan_of_everything_does_not_take_the_index(planner: Planner) -> None:
-    assert "idx_chunks_embedding" not in await planner.search(retrieval._exact)
-
-
 # Short-term memory, and chunks of a source
 
 
@@ -249,3 +90,39 @@ async def test_chunks_of_a_source(planner: Planner) -> None:
     plan = await planner.plan(knowledge._chunks_of(1))
     assert "idx_chunks_source_id" in plan or "idx_chunks_searchable" in plan
     assert "Seq Scan" not in plan
+
+
+async def test_changes_of_chunks(planner: Planner) -> None:
+    ids = list(range(1, 101))
+    gone = await planner.plan(knowledge._delete_chunks(), ids=ids)
+    moved = await planner.plan(knowledge._move(), chunk_id=1, place={}, since=JUNE, until=JUNE)
+    for plan in (gone, moved):
+        assert "knowledge_chunks_pkey" in plan
+        assert "Seq Scan" not in plan
+
+
+async def test_a_document_that_is_added_again(planner: Planner) -> None:
+    plan = await planner.plan(knowledge._lock_title(b"key"))
+    assert "Index Scan using idx_sources_document_key" in plan
+
+
+# Words of chunks
+
+
+async def test_terms_of_given_chunks(planner: Planner) -> None:
+    ids = list(range(1, 101))
+    missing = await planner.plan(term_index._without_terms(only=True), ids=ids)
+    assert "knowledge_chunks_pkey" in missing
+    assert "chunk_terms_pkey" in missing
+    assert "Seq Scan on knowledge_chunks" not in missing
+    assert "Seq Scan on chunk_terms" not in missing
+    gone = await planner.plan(term_index._delete(), ids=ids)
+    assert "chunk_terms_pkey" in gone
+    assert "Seq Scan" not in gone
+
+
+async def test_filling_in_of_terms(planner: Planner) -> None:
+    plan = await planner.plan(term_index._without_terms(only=False), after_id=0)
+    assert "Index Scan using knowledge_chunks_pkey" in plan
+    assert "Index Only Scan using chunk_terms_pkey" in plan
+    assert "Sort" not in plan

@@ -1,17 +1,15 @@
-"""Search, against numpy and against a plain reading of what each filter says."""
+"""Search by meaning, against numpy and against a plain reading of what each filter says."""
 
-import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import new_database, settings_for
-from numpy.typing import NDArray
+from conftest import settings_for
+from searching import DAY, JUNE, MODEL, OTHER, Vectors, add, ids, similarities, vectors
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -24,7 +22,6 @@ from kotonoha_store import (
     ModelMismatchError,
     NewChunk,
     SchemaOutdatedError,
-    Scope,
     SearchFilters,
     SearchRepository,
     SearchResult,
@@ -32,61 +29,6 @@ from kotonoha_store import (
     SourceType,
     Store,
 )
-from kotonoha_store.columns import pack_vectors
-from kotonoha_store.database import driver_connection
-from kotonoha_store.selectivity import choose_plan, ef_search
-
-MODEL = "model-a"
-OTHER = "model-b"
-JUNE = datetime(2024, 6, 1, tzinfo=UTC)
-DAY = timedelta(days=1)
-
-Vectors = NDArray[np.float32]
-
-
-def vectors(n: int, seed: int = 0) -> Vectors:
-    """Around five centres, so that similarities differ."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).standard_normal((5, 1536))
-    return (centres[rng.integers(5, size=n)] + rng.uniform(0.3, 2, (n, 1)) * rng.standard_normal((n, 1536))).astype(
-        np.float32
-    )
-
-
-def similarities(stored: Vectors, query: Vectors) -> NDArray[np.float64]:
-    """1 - cosine distance of what half precision keeps."""
-    a, b = stored.astype(np.float16).astype(np.float64), query.astype(np.float16).astype(np.float64)
-    return a @ b / np.linalg.norm(a, axis=1) / np.linalg.norm(b)
-
-
-async def add(
-    session: AsyncSession,
-    embeddings: Sequence[Any],
-    *,
-    model: str = MODEL,
-    source_type: SourceType = SourceType.WEB_PAGE,
-    metadata: dict[str, Any] | None = None,
-    occurred: tuple[datetime | None, datetime | None] = (None, None),
-    **scope: int,
-) -> list[int]:
-    """Add a source with a chunk per vector (None: not embedded yet); return the chunks' ids."""
-    knowledge = KnowledgeRepository(session)
-    source_id = await knowledge.add_source(source_type, "a source", scope=Scope(**scope), metadata=metadata)
-    chunks = [
-        NewChunk(
-            content=f"chunk {index}",
-            embedding=embedding,
-            embedding_model=None if embedding is None else model,
-            occurred_from=occurred[0],
-            occurred_to=occurred[1],
-        )
-        for index, embedding in enumerate(embeddings)
-    ]
-    return await knowledge.add_chunks(source_id, chunks)
-
-
-def ids(result: SearchResult) -> list[int]:
-    return [hit.chunk_id for hit in result.hits]
 
 
 async def found(session: AsyncSession, query: Vectors, **filters: Any) -> set[int]:
@@ -383,6 +325,8 @@ async def test_filters_together_agree_with_a_plain_reading(session: AsyncSession
                 threshold=threshold,
                 filters=SearchFilters(**filters),
                 everywhere=True,
+                # Of everything the index would find nearly all.
+                effort="balanced" if filters else "exact",
             )
 
         if meeting and not own:
@@ -461,159 +405,6 @@ async def test_what_is_deleted_or_not_embedded_is_never_found(session: AsyncSess
     assert set(await search(filters=SearchFilters(guild_id=1))) == set(chunk_ids[1:3])
 
 
-# Through the index: 5,000 vectors in 50 clusters of 100, cluster c in guild c % 10 + 1
-
-
-@dataclass(frozen=True)
-class Clusters:
-    url: URL
-    vectors: Vectors
-    ids: NDArray[np.int64]
-
-    def near(self, cluster: int, seed: int = 0) -> Vectors:
-        centre = self.vectors[cluster * 100 : cluster * 100 + 100].mean(axis=0)
-        noise = np.random.default_rng(seed).standard_normal(1536) * 0.3
-        return (centre + noise).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def clusters(server_url: URL, template: URL) -> Iterator[Clusters]:
-    rng = np.random.default_rng(7)
-    centres = np.repeat(rng.standard_normal((50, 1536)), 100, axis=0)
-    stored = (centres + 0.6 * rng.standard_normal((5000, 1536))).astype(np.float32)
-
-    async def fill(url: URL) -> NDArray[np.int64]:
-        async with Database(url, settings_for(url)) as database, database.begin() as session:
-            definition = (
-                await session.execute(text("SELECT pg_get_indexdef('idx_chunks_embedding'::regclass)"))
-            ).scalar_one()
-            # Loaded first and indexed then: ten times as fast.
-            await session.execute(text("DROP INDEX idx_chunks_embedding"))
-            await session.execute(
-                text("INSERT INTO knowledge_sources (type, title) SELECT 'web_page', 'x' FROM generate_series(1, 50)")
-            )
-            driver = await driver_connection(session)
-            await driver.copy_records_to_table(
-                "knowledge_chunks",
-                columns=("source_id", "content", "embedding", "embedding_model", "guild_id"),
-                records=[
-                    (i // 100 + 1, "x", packed, MODEL, i // 100 % 10 + 1)
-                    for i, packed in enumerate(pack_vectors(stored))
-                ],
-            )
-            await session.execute(text("SET LOCAL maintenance_work_mem = '256MB'"))
-            await session.execute(text(definition))
-            await session.execute(text("ANALYZE knowledge_chunks"))
-            found = await session.execute(text("SELECT id FROM knowledge_chunks ORDER BY id"))
-            return np.array(found.scalars().all())
-
-    with new_database(server_url, template=str(template.database)) as url:
-        yield Clusters(url, stored, asyncio.run(fill(url)))
-
-
-@pytest.fixture
-async def clustered(clusters: Clusters) -> AsyncIterator[AsyncSession]:
-    """A transaction in the clusters' database in which the planner keeps to the index; rolled back."""
-    async with Database(clusters.url, settings_for(clusters.url)) as database, database.session_factory() as session:
-        # Of 5,000 rows the planner would rather sort those of the guild.
-        for name in ("seqscan", "bitmapscan", "sort"):
-            await session.execute(text(f"SET LOCAL enable_{name} = off"))
-        yield session
-
-
-async def test_the_index_finds_nearly_all_that_are_nearest(clusters: Clusters, clustered: AsyncSession) -> None:
-    index, exact = SearchRepository(clustered, exact_limit=0), SearchRepository(clustered)
-    shared = 0
-    for seed in range(30):
-        query = clusters.near(seed, seed)
-        through = await index.nearest(query, model=MODEL, top_k=10, everywhere=True)
-        assert (through.plan, through.complete, len(through.hits)) == ("index", True, 10)
-        assert [h.similarity for h in through.hits] == sorted((h.similarity for h in through.hits), reverse=True)
-        compared = await exact.nearest(
-            query, model=MODEL, top_k=10, filters=SearchFilters(metadata={}), everywhere=True
-        )
-        assert compared.plan == "exact"
-        best = np.argsort(-similarities(clusters.vectors, query))[:10]
-        assert ids(compared) == clusters.ids[best].tolist()
-        shared += len(set(ids(through)) & set(ids(compared)))
-    assert shared / 300 >= 0.95
-
-
-async def test_the_index_goes_on_until_the_filter_is_filled(clusters: Clusters, clustered: AsyncSession) -> None:
-    """The query lies in guild 1; the rows of guild 6 are far behind the 100 that the index looks at first."""
-    repository = SearchRepository(clustered, exact_limit=100)
-    for top_k in (10, 200):
-        result = await repository.nearest(clusters.near(0), model=MODEL, top_k=top_k, filters=SearchFilters(guild_id=6))
-        assert (result.plan, result.complete, len(result.hits)) == ("index", True, top_k)
-        assert all(((hit.source_id - 1) % 10) + 1 == 6 for hit in result.hits)
-
-
-async def test_rows_deleted_around_the_query_do_not_empty_the_result(
-    clusters: Clusters, clustered: AsyncSession
-) -> None:
-    query = clusters.near(0)
-    nearest = clusters.ids[np.argsort(-similarities(clusters.vectors, query))]
-    await clustered.execute(text("DELETE FROM knowledge_chunks WHERE id = ANY(:ids)"), {"ids": nearest[:1500].tolist()})
-    result = await SearchRepository(clustered, exact_limit=0).nearest(query, model=MODEL, everywhere=True)
-    assert (result.plan, result.complete, len(result.hits)) == ("index", True, 10)
-    assert not set(ids(result)) & set(nearest[:1500].tolist())
-
-
-async def test_an_index_that_gives_up_says_so(clusters: Clusters, clustered: AsyncSession) -> None:
-    query = clusters.near(0)
-    farthest = clusters.ids[np.argsort(similarities(clusters.vectors, query))]
-    move = text("UPDATE knowledge_chunks SET guild_id = 77, embedding_model = :model WHERE id = :id")
-    await clustered.execute(move, {"model": MODEL, "id": int(farthest[0])})
-    await clustered.execute(text("LOAD 'vector'"))
-    await clustered.execute(text("SET LOCAL hnsw.max_scan_tuples = 1"))
-    scope, index = SearchFilters(guild_id=77), SearchRepository(clustered, exact_limit=0)
-    result = await index.nearest(query, model=MODEL, filters=scope)
-    assert (result.plan, result.complete, result.hits) == ("index", False, ())
-
-    # Another model's rows in the same scope do not make it an error: there are rows of this one.
-    await clustered.execute(move, {"model": OTHER, "id": int(farthest[1])})
-    result = await index.nearest(query, model=MODEL, filters=scope)
-    assert (result.plan, result.complete, result.hits) == ("index", False, ())
-
-    # Where the rows that are left are few enough, they are compared one by one instead.
-    await clustered.execute(text("DELETE FROM knowledge_chunks WHERE id <> ALL(:ids)"), {"ids": farthest[:20].tolist()})
-    result = await SearchRepository(clustered).nearest(query, model=MODEL, everywhere=True)
-    assert (result.plan, result.complete, len(result.hits)) == ("exact", True, 10)
-
-
-@pytest.mark.parametrize(("limit", "plan"), [(500, "exact"), (499, "index")])
-async def test_the_number_of_candidates_decides_the_plan(
-    clusters: Clusters, clustered: AsyncSession, limit: int, plan: str
-) -> None:
-    repository = SearchRepository(clustered, exact_limit=limit)
-    result = await repository.nearest(clusters.near(0), model=MODEL, filters=SearchFilters(guild_id=1))
-    assert (result.plan, result.complete, len(result.hits)) == (plan, True, 10)
-
-
-async def test_the_settings_of_a_search_end_with_its_transaction(clusters: Clusters) -> None:
-    settings = settings_for(clusters.url, db_pool_max_size=1)
-    show = text("SELECT current_setting('hnsw.ef_search'), current_setting('hnsw.iterative_scan')")
-    async with Database(clusters.url, settings) as database:
-        async with database.begin() as session:
-            await session.execute(text("LOAD 'vector'"))
-            before = (await session.execute(show)).one()
-        async with database.begin() as session:
-            repository = SearchRepository(session, exact_limit=0)
-            await repository.nearest(clusters.near(0), model=MODEL, top_k=300, everywhere=True)
-            assert (await session.execute(show)).one() == ("600", "relaxed_order")
-        async with database.begin() as session:
-            assert (await session.execute(show)).one() == before
-
-
-@pytest.mark.parametrize("exact_limit", [0, 10_000])
-async def test_a_read_only_transaction_can_search(clusters: Clusters, exact_limit: int) -> None:
-    async with Database(clusters.url, settings_for(clusters.url)) as database, database.begin() as session:
-        await session.execute(text("SET TRANSACTION READ ONLY"))
-        repository = SearchRepository(session, exact_limit=exact_limit)
-        result = await repository.nearest(clusters.near(0), model=MODEL, filters=SearchFilters(guild_id=1))
-    assert len(result.hits) == 10
-
-
 # Around it
 
 
@@ -661,14 +452,6 @@ async def test_a_store_searches_by_vector_with_the_model_named(store: Store) -> 
         await store.search(" \n", everywhere=True)
 
 
-def test_the_plan_follows_the_number_of_candidates() -> None:
-    assert [choose_plan(n, exact_limit=10) for n in (0, 10, 11)] == ["exact", "exact", "index"]
-
-
-def test_ef_search_follows_top_k_within_pgvectors_limit() -> None:
-    assert [ef_search(top_k) for top_k in (1, 50, 51, 400, 1000)] == [100, 100, 102, 800, 1000]
-
-
 async def test_a_location_that_is_no_object_does_not_spoil_a_search(store: Store) -> None:
     await store.add_document("title", "somebody else wrote this row", guild_id=9)
     await store.embedding_worker.run_until_empty()
@@ -679,3 +462,11 @@ async def test_a_location_that_is_no_object_does_not_spoil_a_search(store: Store
     async with store.begin() as tx:
         with pytest.raises(InvalidInputError, match="location must be a dict"):
             await tx.knowledge.add_chunks(hit.source_id, [NewChunk("text", location=None)])
+
+
+@pytest.mark.parametrize("url", [5, None, "", [], {"a": 1}])
+async def test_a_link_is_text(session: AsyncSession, url: Any) -> None:
+    vector = vectors(1)[0]
+    await add(session, [vector], locations=[{"url": url}], guild_id=1)
+    [hit] = (await SearchRepository(session).nearest(vector, model=MODEL, everywhere=True)).hits
+    assert (hit.url, hit.location) == (None, {"url": url})

@@ -29,6 +29,7 @@ VARIABLES: list[tuple[str, Any, str, Any, tuple[str, ...]]] = [
     ("KB_HNSW_EF_CONSTRUCTION", 64, "200", 200, ("31", "1001")),
     ("KB_SIMILARITY_THRESHOLD", 0.7, "0", 0.0, ("-0.1", "1.1", "nan")),
     ("KB_DEFAULT_TOP_K", 10, "1000", 1000, ("0", "1001")),
+    ("KB_EXACT_SEARCH_LIMIT", None, "0", 0, ("-1", "1.5", "x", str(2**31))),
     ("KB_EMBEDDER", "auto", "hashing", "hashing", ("magic",)),
     ("KB_EMBEDDING_MODEL", None, "m", "m", ()),
     ("OPENAI_BASE_URL", None, "http://localhost:1", "http://localhost:1", ()),

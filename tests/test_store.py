@@ -154,6 +154,12 @@ async def test_a_closed_store_says_so(settings: Settings) -> None:
         (lambda store, tx: store.add_document("title", "text", occurred_at="2024"), "occurred_at must be a datetime"),
         (lambda store, tx: store.search("x", filters={"guild_id": 1}), "filters must be SearchFilters"),
         (lambda store, tx: store.search("x", filters={}), "filters must be SearchFilters"),
+        (lambda store, tx: store.search("x", mode="both", everywhere=True), "mode must be"),
+        (lambda store, tx: store.search("x", match="all", everywhere=True), "no meaning in a search by meaning"),
+        (lambda store, tx: store.search([1.0], mode="words", everywhere=True), "needs the query as text"),
+        (lambda store, tx: store.search("x", mode="hybrid", fusion={"k": 1}, everywhere=True), "fusion must be"),
+        (lambda store, tx: store.search("x", mode="words", match="some", everywhere=True), "match must be"),
+        (lambda store, tx: tx.search.matching("x", top_k="5", everywhere=True), "top_k must be"),
     ],
 )
 async def test_obvious_mistakes_are_named(store: Store, call: Callable[[Store, UnitOfWork], Any], said: str) -> None:
