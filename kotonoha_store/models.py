@@ -215,6 +215,7 @@ class KnowledgeChunk(Base):
         Index("idx_chunks_user_id", "user_id", postgresql_where=text("user_id IS NOT NULL")),
         # searches within a time range
         Index("idx_chunks_occurred_to", "occurred_to", postgresql_where=text("occurred_to IS NOT NULL")),
+        Index("idx_chunks_occurred_from", "occurred_from", postgresql_where=text("occurred_from IS NOT NULL")),
     )
 
 
@@ -253,7 +254,8 @@ class TermFrequency(Base):
 
     __tablename__ = "term_frequencies"
 
-    term: Mapped[str] = mapped_column(Text, primary_key=True)
+    # By bytes, so that terms with the same beginning stand together.
+    term: Mapped[str] = mapped_column(Text(collation="C"), primary_key=True)
     # Share of all chunks, 0 to 1.
     frequency: Mapped[float] = mapped_column(Double)
 

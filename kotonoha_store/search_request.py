@@ -25,8 +25,6 @@ TOP_K_MAX: Final = 1000
 
 NEIGHBOURS_MAX: Final = 20
 
-# How many chunks with the heaviest words are looked at more closely, at least.
-_POOL: Final = 100
 # How many rows of the words' index may be read to find them.
 _BUDGET: Final = 3_000.0
 # Of chunks that have all that must be there, how many are ranked: the same for every page.
@@ -94,7 +92,7 @@ class Words:
         query = parse_query(text)
         certain = [phrase.lookup for phrase in query.phrases if phrase.lookup is not None]
         if match == "all" and query.loose:
-            certain += query.lookups(query.loose)
+            certain += query.lookups(query.loose, anywhere=True)
         guesses = [phrase.guess for phrase in query.phrases if phrase.lookup is None and phrase.guess is not None]
         return cls(query, " & ".join(certain), " & ".join([*certain, *guesses]), match)
 
@@ -115,18 +113,21 @@ class Words:
         )
 
     def values(self, *, candidates: int) -> dict[str, Any]:
+        pool = next(size for size in statements.POOLS if size >= candidates)
         return {
             "terms": list(self.query.terms),
             "factors": list(self.query.terms.values()),
             "lookups": self.query.lookups(self.query.terms),
             "repetitions": self.query.repetitions(),
+            "beyond": self.query.beyond(),
             "pairs_only": self.query.pairs_only,
             "required": self.required,
             "phrases": [phrase.text for phrase in self.query.phrases],
             "selecting": statements.SELECTING_TERMS,
             "budget": _BUDGET,
+            "first_budget": _BUDGET,
             "candidates": candidates,
-            "pool": max(_POOL, 2 * candidates) if self.plan == "any" else _REQUIRED_POOL,
+            "pool": pool if self.plan == "any" else _REQUIRED_POOL,
         }
 
 

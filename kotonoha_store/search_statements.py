@@ -32,6 +32,7 @@ from sqlalchemy import (
     func,
     literal_column,
     null,
+    nulls_last,
     or_,
     select,
     tablesample,
@@ -61,6 +62,15 @@ With 6 to 16 LoCoMo and JSQuAD rank the same (``benchmarks/retrieval.py``); term
 make a search slow.
 """
 
+POOLS: Final = (100, 200, 400, 800, 1000)
+"""How many chunks, the best by their heaviest terms, are ranked by all terms: the least of these that is enough.
+
+What comes in with a larger pool is ranked behind the smaller ones, so that all pages of a search agree.
+"""
+
+_REQUIRED_REACH: Final = 20_000
+"""How many chunks that have all that must be there are looked at: some 50 ms."""
+
 _UNSEEN: Final = 0.5
 """In how many chunks a term is thought to be that no sampled chunk has."""
 
@@ -74,6 +84,7 @@ _TEXTS: Final = ARRAY(Text)
 _NO_DISTANCE: Final = cast(null(), Double).label("distance")
 _NOTHING: Final[ColumnElement[float]] = literal_column("0::float8")
 _ONE: Final[ColumnElement[float]] = literal_column("1")
+_SCALE: Final[ColumnElement[float]] = literal_column("1e9::float8")
 # The distance to a vector of zeros, such as other programs may have written; no index has these.
 _NAN: Final[ColumnElement[float]] = literal_column("'NaN'::float8")
 _QUERY: Final = bindparam("query", type_=HalfVector())
@@ -87,8 +98,8 @@ class WordsShape:
 
     Attributes:
         filters: their shape.
-        plan: ``any`` has the parameters budget, selecting, scope_size, and pairs_only (no term is a word, which a
-            text may repeat); ``required`` has required.
+        plan: ``any`` has the parameters budget, first_budget, selecting, scope_size, and pairs_only (no term is a
+            word, which a text may repeat); ``required`` has required.
         scoped: whether the parameter scope has terms that every chunk in the filters' scope holds.
         narrowed: whether the filters ask for more than those terms say.
         phrases: whether the parameter phrases has texts that must occur.
@@ -145,8 +156,8 @@ def nearest(plan: VectorPlan, shape: Shape, *, with_vectors: bool = False) -> Pr
 def matching(words: "WordsShape") -> Prepared:
     """The chunks that hold the query's words.
 
-    Parameters: terms, factors, lookups, repetitions; candidates (how many are ranked in the end), pool (among how
-    many), top_k, offset; and what :class:`WordsShape` names.
+    Parameters: terms, factors, lookups, repetitions, beyond; candidates (how many are ranked in the end), pool
+    (among how many), top_k, offset; and what :class:`WordsShape` names.
     """
     ranked = _words(words)
     return prepare(_with_details(_page(ranked, ranked.c.score)))
@@ -182,7 +193,7 @@ def count_up_to(shape: Shape) -> Prepared:
 @lru_cache(maxsize=_CACHED_SHAPES)
 def sampled(shape: Shape) -> Prepared:
     """Of the chunks on sampled pages: how many a filter keeps, and how many there are. Parameter: percent."""
-    chunks = KnowledgeChunk.__table__
+    chunks: Any = KnowledgeChunk.__table__
     pages = tablesample(chunks, func.system(bindparam("percent", type_=Double())))
 
     def of_sample(element: Any, **_: Any) -> Any:
@@ -301,7 +312,15 @@ def _scored_by_heaviest(query: CTE, words: WordsShape) -> Subquery:
     gate = select(decision.c.is_final).scalar_subquery()
     final = _kept(select(found.c.id, found.c.score).where(gate), found.c.id, words.filters)
     again = select(_scored(found, query, words, only_if=~gate))
-    return union_all(final, again).subquery("scored")
+    return _in_blocks(union_all(final, again).subquery("each"), found)
+
+
+def _in_blocks(scored: Subquery, found: CTE) -> Subquery:
+    """Lower the scores of each block below those of all blocks before it."""
+    earlier = func.min(scored.c.score).over(order_by=found.c.block, range_=(None, -1))
+    # Of none before it is NULL, which least() passes over.
+    lowered = func.least(scored.c.score, earlier - found.c.block / _SCALE).label("score")
+    return select(scored.c.id, lowered).join(found, found.c.id == scored.c.id).subquery("scored")
 
 
 def _scored(found: CTE, query: CTE, words: WordsShape, *, only_if: ColumnElement[bool] | None = None) -> Subquery:
@@ -324,8 +343,7 @@ def _scored(found: CTE, query: CTE, words: WordsShape, *, only_if: ColumnElement
 
 def _rounded(score: Any) -> ColumnElement[Any]:
     """The order of adding must not decide between equals."""
-    scale: ColumnElement[float] = literal_column("1e9::float8")
-    rounded: ColumnElement[Any] = func.round(score * scale) / scale
+    rounded: ColumnElement[Any] = func.round(score * _SCALE) / _SCALE
     return rounded
 
 
@@ -344,13 +362,22 @@ def _query_terms() -> CTE:
             bindparam("factors", type_=ARRAY(Double)),
             bindparam("lookups", type_=_TEXTS),
             bindparam("repetitions", type_=_TEXTS),
+            bindparam("beyond", type_=_TEXTS),
         )
-        .table_valued("term", "factor", "lookup", "repetition")
+        .table_valued("term", "factor", "lookup", "repetition", "beyond")
         .render_derived(name="given")
     )
     known = select(TermFrequency.frequency).where(TermFrequency.term == literal_column("''")).scalar_subquery()
     total = _materialized(select(func.coalesce(known, literal_column("1.0")).label("chunks")), "total")
-    holding = func.greatest(func.coalesce(TermFrequency.frequency, 0.0) * total.c.chunks, _UNSEEN)
+    longer = aliased(TermFrequency)
+    of_longer = (
+        select(func.least(func.sum(longer.frequency), _ONE))
+        .where(longer.term >= given.c.term, longer.term < given.c.beyond)
+        .correlate(given)
+        .scalar_subquery()
+    )
+    frequency = case((given.c.beyond.is_not(None), of_longer), else_=TermFrequency.frequency)
+    holding = func.greatest(func.coalesce(frequency, 0.0) * total.c.chunks, _UNSEEN)
     # ln(1 + (N - n + 0.5) / (n + 0.5)): Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework".
     rarity = func.ln(1 + func.greatest(total.c.chunks - holding + 0.5, 0.0) / (holding + 0.5))
     weight = (cast(given.c.factor, Double) * rarity).label("weight")
@@ -382,25 +409,41 @@ def _selecting(query: CTE) -> CTE:
         func.row_number().over(order_by=order).label("place"),
         func.sum(query.c.holding * share).over(order_by=order).label("rows"),
     ).subquery("heaviest")
-    few = and_(
-        ranked.c.place <= bindparam("selecting", type_=Integer()), ranked.c.rows <= bindparam("budget", type_=Double())
-    )
-    chosen = select(ranked.c.lookup, ranked.c.weight).where(or_(ranked.c.place == 1, few))
-    return _materialized(chosen, "selecting")
+
+    def few(count: Any, budget: str) -> ColumnElement[bool]:
+        within = ranked.c.rows <= bindparam(budget, type_=Double())
+        return or_(ranked.c.place == 1, and_(ranked.c.place <= count, within))
+
+    at_first = few(literal_column(str(SELECTING_TERMS)), "first_budget").label("at_first")
+    chosen = select(ranked.c.lookup, ranked.c.weight, at_first)
+    return _materialized(chosen.where(few(bindparam("selecting", type_=Integer()), "budget")), "selecting")
 
 
 def _by_heaviest(selecting: CTE, words: WordsShape) -> CTE:
-    """Chunks with one of the heaviest terms."""
+    """Chunks with one of the heaviest terms, in blocks: the pools that they are ranked in, and what comes later."""
     wanted: Any = selecting.c.lookup
     if words.scoped:
         wanted = _SCOPE.op("&&", return_type=TSQUERY())(wanted)
-    rows = select(ChunkTerms.chunk_id, selecting.c.weight).join(ChunkTerms, _matches(ChunkTerms.terms, wanted))
+    rows = select(ChunkTerms.chunk_id, selecting.c.weight, selecting.c.at_first)
+    rows = rows.join(ChunkTerms, _matches(ChunkTerms.terms, wanted))
     if words.narrowed:
         rows = _kept(rows, ChunkTerms.chunk_id, words.filters)
     held = rows.subquery("held")
     score = _rounded(func.sum(held.c.weight)).label("score")
-    found = select(held.c.chunk_id.label("id"), score).group_by(held.c.chunk_id).order_by(score.desc(), held.c.chunk_id)
-    return _materialized(found.limit(bindparam("pool", type_=Integer())), "found")
+    # Where a search goes on with more terms, what it found with the first stays before what these add.
+    at_first = _rounded(func.sum(held.c.weight).filter(held.c.at_first))
+    columns = (held.c.chunk_id.label("id"), score, at_first.label("at_first"))
+    order = (nulls_last(at_first.desc()), case((at_first.is_(None), score)).desc(), held.c.chunk_id)
+    best = select(*columns).group_by(held.c.chunk_id).order_by(*order).limit(bindparam("pool", type_=Integer()))
+    pool = best.subquery("pool")
+    is_later = pool.c.at_first.is_(None)
+    place = func.row_number().over(
+        order_by=(nulls_last(pool.c.at_first.desc()), case((is_later, pool.c.score)).desc(), pool.c.id)
+    )
+    ends = literal_column(f"ARRAY[{', '.join(f'{size + 1}::bigint' for size in POOLS[:-1])}]")
+    later = case((is_later, literal_column(str(len(POOLS)))), else_=literal_column("0"))
+    block = (func.width_bucket(place, ends) + later).label("block")
+    return _materialized(select(pool.c.id, pool.c.score, block), "found")
 
 
 def _by_required(words: WordsShape) -> CTE:
@@ -420,7 +463,10 @@ def _by_required(words: WordsShape) -> CTE:
         phrase = func.unnest(bindparam("phrases", type_=_TEXTS)).table_valued("text").render_derived(name="phrase")
         missing = func.strpos(func.coalesce(ChunkTerms.folded, as_it_is), phrase.c.text) == literal_column("0")
         rows = rows.where(~exists().select_from(phrase).where(missing))
-    return _materialized(rows.limit(bindparam("pool", type_=Integer())), "found")
+    # Of more than that, any; of those, the newest: which rows are read first is up to the server.
+    met = _materialized(rows.limit(_REQUIRED_REACH), "met")
+    newest = select(met.c.id).order_by(met.c.id.desc()).limit(bindparam("pool", type_=Integer()))
+    return _materialized(newest, "found")
 
 
 def _fused(meaning: CTE, words: CTE) -> CTE:

@@ -123,12 +123,20 @@ class WordQuery:
         """Whether there is nothing to look for: no letter, digit or picture."""
         return not self.terms and not self.phrases
 
-    def lookups(self, terms: Iterable[str]) -> list[str]:
-        """The tsquery (as text) of each of these terms, in order."""
-        if len(self.terms) == 1 and _is_lone(term := next(iter(self.terms))):
-            # Wherever it stands: as the first of a pair, or the last of its run.
-            return [lookup([], [term])]
-        return [lookup([term]) for term in terms]
+    def lookups(self, terms: Iterable[str], *, anywhere: bool = False) -> list[str]:
+        """The tsquery (as text) of each of these terms, in order.
+
+        ``anywhere``: every single character wherever it stands, as what must be there; else an ideograph only.
+        """
+        return [lookup([], [term]) if self._is_beginning(term, anywhere) else lookup([term]) for term in terms]
+
+    def beyond(self) -> list[str | None]:
+        """Of each term that is looked up as the beginning of others, in order: what sorts after all of those."""
+        return [f"{term}\U0010ffff" if self._is_beginning(term, anywhere=False) else None for term in self.terms]
+
+    def _is_beginning(self, term: str, anywhere: bool) -> bool:
+        # As the first of a pair, or the last of its run. A kana by itself says nothing: too many texts have it.
+        return _is_lone(term) and (anywhere or len(self.terms) == 1 or not _pair_weight(term) < 1)
 
     @property
     def pairs_only(self) -> bool:
@@ -138,7 +146,10 @@ class WordQuery:
     def repetitions(self) -> list[str]:
         """What a text also meets that repeats the term, in order; of words only, pairs do not count."""
         # Of what is in the text already, the negation is never met.
-        return [f"{_quoted(term)}:A" if _runs(term)[0][1] else f"!{_quoted(term)}" for term in self.terms]
+        return [
+            f"{_quoted(term)}:A" if _runs(term)[0][1] else f"!({found})"
+            for term, found in zip(self.terms, self.lookups(self.terms), strict=True)
+        ]
 
 
 def fold(text: str) -> str:

@@ -742,6 +742,8 @@ async def test_words_of_a_title_that_does_not_change_are_left_alone(
     assert await query(session, "SELECT ctid::text FROM chunk_terms") == before
     await knowledge.update_sources(GUILD, title="another")
     assert await query(session, "SELECT ctid::text FROM chunk_terms") != before
+    # Merged into the index already.
+    assert await query(session, "SELECT gin_clean_pending_list('idx_chunk_terms_terms')") == [0]
 
 
 async def test_a_source_without_chunks_is_not_changed(knowledge: KnowledgeRepository, session: AsyncSession) -> None:
@@ -960,6 +962,23 @@ async def test_sources_are_locked_first_and_in_order(database: Database, change:
             rest = "SELECT id FROM knowledge_sources WHERE id <> :id ORDER BY id FOR UPDATE NOWAIT"
             assert (await query(other, rest, id=first))[0] == second
     assert (await working).sources == 3
+
+
+async def test_dead_letters_that_no_source_guards_are_locked_in_order(database: Database) -> None:
+    """Else two who delete the same ones could each hold what the other waits for."""
+    _, ids = await added(database, *plain("a", "b", "c"))
+    async with database.begin() as session:
+        await bury(session, *ids)
+        await query(session, "DELETE FROM knowledge_sources")
+        first, *others = await ids_of(session, "knowledge_chunks_dlq")
+        # It is read last now.
+        await query(session, "UPDATE knowledge_chunks_dlq SET retry_count = 1 WHERE id = :id", id=first)
+    async with database.begin() as session:
+        await query(session, "SELECT 1 FROM knowledge_chunks_dlq WHERE id = :id FOR UPDATE", id=first)
+        async with waiting_for(database, delete_by(database)) as deleting, database.begin() as other:
+            rest = "SELECT id FROM knowledge_chunks_dlq WHERE id <> :id ORDER BY id FOR UPDATE NOWAIT"
+            assert await query(other, rest, id=first) == others
+    assert (await deleting).dead_letters == 3
 
 
 async def test_a_dry_run_waits_for_nobody(database: Database) -> None:

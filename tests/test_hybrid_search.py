@@ -137,6 +137,17 @@ async def test_the_fusion_is_that_of_a_plain_computation(session: AsyncSession, 
     assert seen > 20
 
 
+async def test_of_equal_neighbours_the_later_one_loses(session: AsyncSession) -> None:
+    vector = vectors(1)[0]
+    locations = [{"chunk_index": 0}, {"chunk_index": 1}]
+    by_meaning, by_words = await add(
+        session, [vector, None], texts=["something", "雨"], locations=locations, guild_id=1
+    )
+    fusion = Fusion(words=1, meaning=1, k=9, neighbour_penalty=0.5)
+    result = await hybrid(session, "雨", vector, fusion=fusion)
+    assert [(hit.chunk_id, hit.score) for hit in result.hits] == [(by_meaning, 0.1), (by_words, 0.05)]
+
+
 async def test_a_weight_of_zero_leaves_the_other_sides_order(session: AsyncSession, corpus: Corpus) -> None:
     repository, vector = SearchRepository(session), vectors(1, seed=7)[0]
     meaning = ids(await repository.nearest(vector, model=MODEL, top_k=20, filters=GUILD))

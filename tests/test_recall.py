@@ -201,8 +201,8 @@ def test_a_hit_that_is_too_long_makes_room_for_the_next() -> None:
 
 
 def test_the_same_text_is_shown_once_from_the_best_source_that_fits() -> None:
-    twice = [hit(1, "same"), hit(2, "other"), hit(3, "same")]
-    assert [found.chunk_id for found in chosen([], twice, 1000).hits] == [1, 2]
+    twice = [hit(1, "same"), hit(2, "other"), hit(3, "same"), hit(4, "more")]
+    assert [found.chunk_id for found in chosen([], twice, 1000).hits] == [1, 2, 4]
     long_title = [hit(1, "same", title="word " * 100), hit(2, "same")]
     assert [found.chunk_id for found in chosen([], long_title, 50).hits] == [2]
 
@@ -331,6 +331,7 @@ def test_a_long_name_that_was_shortened_is_no_difference() -> None:
 def test_messages_without_text_are_in_no_chunk() -> None:
     messages = users("one", " \n", "two")
     assert chosen(messages, [of_session(1, "user: one\nuser: two", 0, 2)], 1000).hits == ()
+    assert chosen(messages, [of_session(1, "user: one\nuser: two", 9, 11)], 1000).hits == ()
 
 
 @pytest.mark.parametrize("place", [{}, {"first_message_index": 0}, {"first_message_index": "0"}, {"a": None}])
@@ -429,6 +430,17 @@ async def test_a_long_message_that_was_cut_is_shown_once(settings: Settings) -> 
         assert len(recall.messages) == 1
         assert len(recall.result.hits) > 1
         assert recall.hits == ()
+
+
+async def test_parts_are_known_in_a_session_that_was_pruned(settings: Settings) -> None:
+    settings = archiving(settings, kb_chunk_max_tokens=64, kb_archive_overlap_messages=1)
+    async with Store.open(settings, embedder=HashingEmbedder()) as store:
+        await append(store, KEY, "Hamsters.", "Mice.", "Badgers: dig. " * 60, channel_id=7)
+        await archive(store)
+        recall = await recalled(store, query="dig")
+        assert len(recall.messages) == 1
+        assert len(recall.result.hits) > 2
+        assert [found.content for found in recall.hits if "Hamsters" not in found.content] == []
 
 
 async def test_token_based_chunks_are_shown_once(settings: Settings) -> None:

@@ -311,6 +311,8 @@ async def test_a_vector_without_a_direction_is_passed_over(store: Store) -> None
     await run(store.database, zeros)
     report = await store.recall_check(model=MODEL)
     assert (report.sampled, report.recall) == (15, 1.0)
+    # Nor does it count as a neighbour where there are hardly any.
+    assert (await store.recall_check(model=MODEL, top_k=18)).recall == 1.0
 
 
 # What is refused

@@ -73,6 +73,10 @@ async def test_equal_distances_are_ordered_by_id(session: AsyncSession) -> None:
             near, model=MODEL, top_k=top_k, filters=SearchFilters(guild_id=1)
         )
         assert (ids(result), result.plan) == (expected[:top_k], "exact")
+        next_one = await SearchRepository(session).nearest(
+            near, model=MODEL, top_k=1, offset=top_k - 1, filters=SearchFilters(guild_id=1)
+        )
+        assert ids(next_one) == expected[top_k - 1 : top_k]
         # Through the index any of the equal ones may be among the top_k.
         through = await SearchRepository(session, exact_limit=0).nearest(
             near, model=MODEL, top_k=top_k, filters=SearchFilters(guild_id=1)

@@ -54,8 +54,10 @@ def weights(query: WordQuery, known: Mapping[str, float]) -> dict[str, float]:
     """BM25's rarity, times what a term weighs as grammar."""
     total = known.get("", 1.0)
     found = {}
-    for term, factor in query.terms.items():
-        holding = max(known.get(term, 0.0) * total, 0.5)
+    for (term, factor), beyond in zip(query.terms.items(), query.beyond(), strict=True):
+        # What is looked up as the beginning of others is as common as all of them together.
+        longer = min(1.0, sum(share for each, share in known.items() if each and term <= each < (beyond or term)))
+        holding = max((known.get(term, 0.0) if beyond is None else longer) * total, 0.5)
         found[term] = factor * math.log(1 + max(total - holding + 0.5, 0) / (holding + 0.5))
     return found
 
@@ -64,16 +66,18 @@ def ranked(chunks: Iterable[Known], query_text: str, known: Mapping[str, float],
     """Score and id of all that is found, best first."""
     query = parse_query(query_text)
     weight = weights(query, known)
-    # A lone character of Japanese is found wherever it stands.
-    beginning = len(query.terms) == 1 and query.lookups(query.terms)[0].endswith(":*")
+    # A lone character of Japanese is found wherever it stands: an ideograph always, a kana where it must be there.
+    beginnings = dict(zip(query.terms, (found.endswith(":*") for found in query.lookups(query.terms)), strict=True))
+    must = [found.endswith(":*") for found in query.lookups(query.loose, anywhere=True)]
     found = []
     for chunk in chunks:
-        held = [term for term in query.terms if chunk.holds(term, beginning=beginning)]
+        held = [term for term in query.terms if chunk.holds(term, beginning=beginnings[term])]
+        has_all = all(chunk.holds(term, beginning=first) for term, first in zip(query.loose, must, strict=True))
         if not all(phrase.text in chunk.folded for phrase in query.phrases):
             continue
-        if match == "all" and not set(query.loose) <= set(held):
+        if match == "all" and not has_all:
             continue
-        if not query.phrases and not held:
+        if not query.phrases and match == "any" and not held:
             continue
         is_whole = match == "all" or not query.loose
         terms = query.terms if is_whole and query.phrases else held

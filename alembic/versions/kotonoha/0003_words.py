@@ -1,4 +1,4 @@
-"""Words: the terms of every chunk in a table of their own, and which session a source came from.
+"""Words: the terms of every chunk in a table of their own; which session a source came from; an index for `until`.
 
 Existing chunks get their terms batch by batch, by the library's own Python; a script made by ``--sql``
 cannot, and says so when there are chunks.
@@ -31,13 +31,14 @@ TERMS_TABLE = """
 
 FREQUENCIES_TABLE = """
     CREATE TABLE IF NOT EXISTS term_frequencies (
-        term text PRIMARY KEY,
+        term text COLLATE "C" PRIMARY KEY,
         frequency double precision NOT NULL
     )
     """
 
 INDEXES = (
     "idx_sources_origin_session_key ON knowledge_sources(origin_session_key) WHERE origin_session_key IS NOT NULL",
+    "idx_chunks_occurred_from ON knowledge_chunks(occurred_from) WHERE occurred_from IS NOT NULL",
     # The library merges new entries itself after each addition; the limit is for who writes past it.
     "idx_chunk_terms_terms ON chunk_terms USING gin (terms) WITH (gin_pending_list_limit = 16384)",
 )
@@ -205,5 +206,6 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION IF EXISTS kotonoha_refresh_terms(boolean)")
     op.execute("DROP TABLE IF EXISTS term_frequencies")
     op.execute("DROP TABLE IF EXISTS chunk_terms")
-    drop_index(INDEXES[0])
+    for index in INDEXES[:2]:
+        drop_index(index)
     op.execute("ALTER TABLE knowledge_sources DROP COLUMN IF EXISTS origin_session_key")
