@@ -45,6 +45,7 @@ from kotonoha_store.recall_check import RecallReport
 from kotonoha_store.records import (
     AnyFilters,
     AppendResult,
+    BulkResult,
     ClaimedChunk,
     CombinedFilters,
     DeadLetter,
@@ -80,6 +81,7 @@ __all__ = [
     "ArchiveReport",
     "ArchivedSession",
     "Base",
+    "BulkResult",
     "ChunkTerms",
     "Citation",
     "ClaimedChunk",

@@ -328,6 +328,10 @@ class _Filters(_Input):
     def __invert__(self) -> "CombinedFilters":
         return _combined("not", self)
 
+    def __bool__(self) -> bool:
+        # `a and b` would be b, and the scope of a lost.
+        raise InvalidInputError("combine filters by & | ~ and not by and, or, not; to ask for None write `is None`")
+
     # Only what is no filter has left it to these: it gets the same error as on the right.
     def __rand__(self, other: Any) -> "CombinedFilters":
         return _combined("and", other, self)
@@ -675,7 +679,7 @@ class SearchHit:
         similarity: 1 - cosine distance, in [-1, 1]; nearer to 1 is nearer in meaning. None where it was not
             compared: searches by word alone, chunks that wait for their vector, vectors of another model.
         score: what the hits are ordered by, highest first: the similarity; by word the weight of the words that
-            were found; both fused by rank. Comparable within one result only.
+            were found; both fused by rank. Comparable within one result only. A diverse result has an order of its own.
         url: a link to the first message or the document, where one is known.
         location: where in the source the chunk stands.
         before, after: its neighbours in the source, in their order, where they were asked for.
@@ -723,6 +727,8 @@ class Fusion:
     def __post_init__(self) -> None:
         check_number(self.words, "words", 0, 1e6)
         check_number(self.meaning, "meaning", 0, 1e6)
+        if not self.words and not self.meaning:
+            raise InvalidInputError("words and meaning must not both weigh nothing")
         check_number(self.k, "k", 0, 1e6)
         check_number(self.neighbour_penalty, "neighbour_penalty", 0, 1)
         check_count(self.candidates, "candidates", 1, 1000)

@@ -219,7 +219,8 @@ class SearchRepository:
             query: as for :meth:`matching`; phrases in quotes must occur in what the words find.
             vector: of the same query, as for :meth:`nearest`, and so are the other arguments.
             threshold: hides hits whose similarity is less.
-            fusion: weights, k and how many candidates of each side are fused (at least ``top_k``).
+            fusion: weights, k and how many candidates of each side are fused, at least ``offset + top_k``: what is
+                found beyond them can still move later pages a little.
 
         Raises:
             InvalidInputError: a blank query, no scope was named, or a value is out of range.
@@ -244,7 +245,7 @@ class SearchRepository:
         check_text(model, "model")
         words = Words.of(check_query(query), "any")
         asked = Asked.by(filters)
-        candidates = max(fusion.candidates, options.candidates(top_k))
+        candidates = max(fusion.candidates, options.candidates(top_k + offset))
         values = {
             **asked.values,
             **options.page,

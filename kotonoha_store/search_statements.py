@@ -82,9 +82,9 @@ QUERY_TERMS: Final = 64
 
 _TEXTS: Final = ARRAY(Text)
 _NO_DISTANCE: Final = cast(null(), Double).label("distance")
+_ZERO: Final[ColumnElement[int]] = literal_column("0")
 _NOTHING: Final[ColumnElement[float]] = literal_column("0::float8")
 _ONE: Final[ColumnElement[float]] = literal_column("1")
-_SCALE: Final[ColumnElement[float]] = literal_column("1e9::float8")
 # The distance to a vector of zeros, such as other programs may have written; no index has these.
 _NAN: Final[ColumnElement[float]] = literal_column("'NaN'::float8")
 _QUERY: Final = bindparam("query", type_=HalfVector())
@@ -290,15 +290,25 @@ def _words(words: WordsShape) -> CTE:
     query = _query_terms()
     if words.plan == "any":
         scored = _scored_by_heaviest(query, words)
-    elif words.is_ranked:
-        scored = _scored(_by_required(words), query, words)
     else:
-        # All of them have all of it.
         found = _by_required(words)
-        weight = select(func.coalesce(func.sum(query.c.weight), 0.0)).scalar_subquery()
-        scored = _kept(select(found.c.id, weight.label("score")), found.c.id, words.filters).subquery("scored")
+        scored = _ranked(found, query, words) if words.is_ranked else _equal(found, query, words)
     best = select(scored.c.id, _NO_DISTANCE, scored.c.score).order_by(scored.c.score.desc(), scored.c.id)
     return _materialized(best.limit(bindparam("candidates", type_=Integer())), "words")
+
+
+def _ranked(found: CTE, query: CTE, words: WordsShape) -> Subquery:
+    """By the words beside the phrases; a phrase in the text itself counts more than one in the title."""
+    by_terms = _scored(found, query, words)
+    score = (by_terms.c.score + found.c.in_text).label("score")
+    return select(by_terms.c.id, score).join(found, found.c.id == by_terms.c.id).subquery("scored")
+
+
+def _equal(found: CTE, query: CTE, words: WordsShape) -> Subquery:
+    """All of them have all of it."""
+    weight = select(func.coalesce(func.sum(query.c.weight), 0.0)).scalar_subquery()
+    score = (weight + found.c.in_text).label("score")
+    return _kept(select(found.c.id, score), found.c.id, words.filters).subquery("scored")
 
 
 def _scored_by_heaviest(query: CTE, words: WordsShape) -> Subquery:
@@ -316,11 +326,13 @@ def _scored_by_heaviest(query: CTE, words: WordsShape) -> Subquery:
 
 
 def _in_blocks(scored: Subquery, found: CTE) -> Subquery:
-    """Lower the scores of each block below those of all blocks before it."""
+    """Press what scores too high for its block just below the blocks before it, in the order that it has."""
     earlier = func.min(scored.c.score).over(order_by=found.c.block, range_=(None, -1))
-    # Of none before it is NULL, which least() passes over.
-    lowered = func.least(scored.c.score, earlier - found.c.block / _SCALE).label("score")
-    return select(scored.c.id, lowered).join(found, found.c.id == scored.c.id).subquery("scored")
+    step: ColumnElement[float] = literal_column("1e-6::float8")
+    below = earlier - found.c.block * step
+    # Nothing is before the first block, and nothing is greater than NULL.
+    score = case((scored.c.score > below - step, below - step / (1 + scored.c.score)), else_=scored.c.score)
+    return select(scored.c.id, score.label("score")).join(found, found.c.id == scored.c.id).subquery("scored")
 
 
 def _scored(found: CTE, query: CTE, words: WordsShape, *, only_if: ColumnElement[bool] | None = None) -> Subquery:
@@ -343,7 +355,8 @@ def _scored(found: CTE, query: CTE, words: WordsShape, *, only_if: ColumnElement
 
 def _rounded(score: Any) -> ColumnElement[Any]:
     """The order of adding must not decide between equals."""
-    rounded: ColumnElement[Any] = func.round(score * _SCALE) / _SCALE
+    scale: ColumnElement[float] = literal_column("1e9::float8")
+    rounded: ColumnElement[Any] = func.round(score * scale) / scale
     return rounded
 
 
@@ -440,7 +453,7 @@ def _by_heaviest(selecting: CTE, words: WordsShape) -> CTE:
     place = func.row_number().over(
         order_by=(nulls_last(pool.c.at_first.desc()), case((is_later, pool.c.score)).desc(), pool.c.id)
     )
-    ends = literal_column(f"ARRAY[{', '.join(f'{size + 1}::bigint' for size in POOLS[:-1])}]")
+    ends: ColumnElement[Any] = literal_column(f"ARRAY[{', '.join(f'{size + 1}::bigint' for size in POOLS[:-1])}]")
     later = case((is_later, literal_column(str(len(POOLS)))), else_=literal_column("0"))
     block = (func.width_bucket(place, ends) + later).label("block")
     return _materialized(select(pool.c.id, pool.c.score, block), "found")
@@ -457,16 +470,22 @@ def _by_required(words: WordsShape) -> CTE:
         rows = _kept(rows, ChunkTerms.chunk_id, words.filters)
     elif words.phrases:
         rows = rows.join(KnowledgeChunk, KnowledgeChunk.id == ChunkTerms.chunk_id)
+    in_text: ColumnElement[Any] = literal_column("0")
     if words.phrases:
         rows = rows.join(KnowledgeSource, KnowledgeSource.id == KnowledgeChunk.source_id)
         as_it_is = KnowledgeSource.title + literal_column("E'\\n'") + KnowledgeChunk.content
+        whole = func.coalesce(ChunkTerms.folded, as_it_is)
         phrase = func.unnest(bindparam("phrases", type_=_TEXTS)).table_valued("text").render_derived(name="phrase")
-        missing = func.strpos(func.coalesce(ChunkTerms.folded, as_it_is), phrase.c.text) == literal_column("0")
+        missing = func.strpos(whole, phrase.c.text) == _ZERO
         rows = rows.where(~exists().select_from(phrase).where(missing))
+        # Past the first line, which is the title's.
+        text_alone = func.substr(whole, func.strpos(whole, literal_column("E'\\n'")) + literal_column("1"))
+        has = func.count().filter(func.strpos(text_alone, phrase.c.text) > _ZERO)
+        in_text = select(has).select_from(phrase).scalar_subquery()
     # Of more than that, any; of those, the newest: which rows are read first is up to the server.
-    met = _materialized(rows.limit(_REQUIRED_REACH), "met")
-    newest = select(met.c.id).order_by(met.c.id.desc()).limit(bindparam("pool", type_=Integer()))
-    return _materialized(newest, "found")
+    met = _materialized(rows.add_columns(in_text.label("in_text")).limit(_REQUIRED_REACH), "met")
+    newest = select(met.c.id, met.c.in_text).order_by(met.c.in_text.desc(), met.c.id.desc())
+    return _materialized(newest.limit(bindparam("pool", type_=Integer())), "found")
 
 
 def _fused(meaning: CTE, words: CTE) -> CTE:

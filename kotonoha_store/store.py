@@ -270,8 +270,9 @@ class Store:
 
         Args:
             query: a text, embedded here, or (by meaning) a vector of shape (1536,).
-            mode: ``meaning``: :meth:`SearchRepository.nearest`; ``words``: :meth:`SearchRepository.matching`, which
-                needs no embedder; ``hybrid``: :meth:`SearchRepository.hybrid`, which finds the most.
+            mode: ``meaning``: :meth:`SearchRepository.nearest`; ``words``, in texts and titles:
+                :meth:`SearchRepository.matching`, which needs no embedder; ``hybrid``:
+                :meth:`SearchRepository.hybrid`, which finds the most.
             top_k: at most so many hits; KB_DEFAULT_TOP_K by default.
             offset: how many of the first hits to pass over, for the next page.
             threshold: least similarity; by meaning KB_SIMILARITY_THRESHOLD by default, else none. The right
@@ -305,6 +306,8 @@ class Store:
             neighbours=neighbours,
         )
         _check_mode(query, mode, threshold=threshold, diversity=diversity, match=match, fusion=fusion)
+        if isinstance(query, str) and model is not None and (mode == "words" or model != self.embedder.model):
+            raise InvalidInputError("model= says who made a vector; a text is embedded by the store's own embedder")
         page: _Page = {
             "top_k": top_k,
             "offset": offset,

@@ -77,7 +77,7 @@ def compiled(shape: Shape) -> tuple[str, list[str]]:
 
 async def kept(session: AsyncSession, wanted: AnyFilters, *, statement_of: AnyFilters | None = None) -> set[int]:
     """What the database keeps, asked through SQLAlchemy and through asyncpg alone."""
-    sql, names = compiled(shape(statement_of or wanted))
+    sql, names = compiled(shape(wanted if statement_of is None else statement_of))
     values = parameters(wanted)
     assert sorted(names) == sorted(values)
     arguments = tuple(values[name] for name in names)

@@ -300,11 +300,14 @@ async def test_the_setting_decides_up_to_how_many_are_compared(
         assert again.plan == plan
 
 
-async def test_exact_search_of_everything_is_one_round_trip(clusters: Clusters) -> None:
+async def test_exact_search_is_one_round_trip(clusters: Clusters) -> None:
     query = clusters.near(0)
     async with watched_store(clusters.url) as (store, sent):
         result = await store.search(query, model=MODEL, threshold=None, everywhere=True, effort="exact")
         assert (ids(result), await sent.taken()) == (clusters.nearest(query)[:10], 1)
+        # Nothing needs to be counted for it either.
+        result = await store.search(query, model=MODEL, threshold=None, filters=GUILD, effort="exact")
+        assert (ids(result), await sent.taken()) == (clusters.nearest(query, 1)[:10], 1)
 
 
 async def test_searches_by_one_plan_for_all_parameters_are_right(clusters: Clusters) -> None:

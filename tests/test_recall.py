@@ -435,7 +435,9 @@ async def test_a_long_message_that_was_cut_is_shown_once(settings: Settings) -> 
 async def test_parts_are_known_in_a_session_that_was_pruned(settings: Settings) -> None:
     settings = archiving(settings, kb_chunk_max_tokens=64, kb_archive_overlap_messages=1)
     async with Store.open(settings, embedder=HashingEmbedder()) as store:
-        await append(store, KEY, "Hamsters.", "Mice.", "Badgers: dig. " * 60, channel_id=7)
+        # No part of it but the first is in it as it stands, with the name before it.
+        long = " ".join(f"Badger {number} digs." for number in range(60))
+        await append(store, KEY, "Hamsters.", "Mice.", long, channel_id=7)
         await archive(store)
         recall = await recalled(store, query="dig")
         assert len(recall.messages) == 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from kotonoha_store.search_statements import SELECTING_TERMS
 from kotonoha_store.words import WordQuery, Words, analyse, fold, parse_query
 
 Ranking = list[tuple[float, int]]
@@ -54,38 +55,45 @@ def weights(query: WordQuery, known: Mapping[str, float]) -> dict[str, float]:
     """BM25's rarity, times what a term weighs as grammar."""
     total = known.get("", 1.0)
     found = {}
-    for (term, factor), beyond in zip(query.terms.items(), query.beyond(), strict=True):
-        # What is looked up as the beginning of others is as common as all of them together.
-        longer = min(1.0, sum(share for each, share in known.items() if each and term <= each < (beyond or term)))
-        holding = max((known.get(term, 0.0) if beyond is None else longer) * total, 0.5)
-        found[term] = factor * math.log(1 + max(total - holding + 0.5, 0) / (holding + 0.5))
+    for term, lookup in zip(query.terms, query.lookups(query.terms), strict=True):
+        share = known.get(term, 0.0)
+        if lookup.endswith(":*"):
+            share = min(sum(value for held, value in known.items() if held.startswith(term)), 1.0)
+        holding = max(share * total, 0.5)
+        found[term] = query.terms[term] * math.log(1 + max(total - holding + 0.5, 0) / (holding + 0.5))
     return found
+
+
+def held_terms(chunk: Known, terms: Iterable[str], lookups: Iterable[str]) -> list[str]:
+    pairs = zip(terms, lookups, strict=True)
+    return [term for term, lookup in pairs if chunk.holds(term, beginning=lookup.endswith(":*"))]
 
 
 def ranked(chunks: Iterable[Known], query_text: str, known: Mapping[str, float], match: str = "any") -> Ranking:
     """Score and id of all that is found, best first."""
     query = parse_query(query_text)
     weight = weights(query, known)
-    # A lone character of Japanese is found wherever it stands: an ideograph always, a kana where it must be there.
-    beginnings = dict(zip(query.terms, (found.endswith(":*") for found in query.lookups(query.terms)), strict=True))
-    must = [found.endswith(":*") for found in query.lookups(query.loose, anywhere=True)]
-    found = []
+    heaviest = set(sorted(weight, key=lambda term: (-weight[term], term))[:SELECTING_TERMS])
+    found: list[tuple[bool, float, int]] = []
     for chunk in chunks:
-        held = [term for term in query.terms if chunk.holds(term, beginning=beginnings[term])]
-        has_all = all(chunk.holds(term, beginning=first) for term, first in zip(query.loose, must, strict=True))
+        held = held_terms(chunk, query.terms, query.lookups(query.terms))
         if not all(phrase.text in chunk.folded for phrase in query.phrases):
             continue
-        if match == "all" and not has_all:
-            continue
-        if not query.phrases and match == "any" and not held:
-            continue
-        is_whole = match == "all" or not query.loose
-        terms = query.terms if is_whole and query.phrases else held
-        score = sum(
-            weight[term] * (1.25 if term in chunk.words.repeated and not (is_whole and query.phrases) else 1)
-            for term in terms
-        )
         if match == "all":
-            score = sum(weight.values())
-        found.append((round(score, 9), chunk.id))
-    return sorted(found, key=lambda pair: (-pair[0], pair[1]))
+            loose = held_terms(chunk, query.loose, query.lookups(query.loose, anywhere=True))
+            if len(loose) < len(query.loose):
+                continue
+        if not query.phrases and not held:
+            continue
+        # A phrase in the text itself, past the title's line, counts more than one in the title.
+        in_text = sum(phrase.text in chunk.folded.partition("\n")[2] for phrase in query.phrases)
+        if match == "all" or (query.phrases and not query.loose):
+            # All that are found have all of it.
+            found.append((False, round(sum(weight.values()) + in_text, 9), chunk.id))
+        else:
+            score = sum(weight[term] * (1.25 if term in chunk.words.repeated else 1) for term in held) + in_text
+            found.append((not query.phrases and not heaviest & set(held), round(score, 9), chunk.id))
+    # What has none of the heaviest terms comes after all that has one, and says so by its score.
+    least = min((score for is_later, score, _ in found if not is_later), default=math.inf)
+    found.sort(key=lambda hit: (hit[0], -hit[1], hit[2]))
+    return [(min(score, least) if is_later else score, chunk_id) for is_later, score, chunk_id in found]
