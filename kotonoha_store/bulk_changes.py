@@ -40,11 +40,9 @@ from kotonoha_store.columns import AnySelect
 from kotonoha_store.errors import InvalidInputError
 from kotonoha_store.filters import Shape, conditions, parameters, shape
 from kotonoha_store.models import (
-    ChunkTerms,
     KnowledgeChunk,
     KnowledgeChunkDeadLetter,
     KnowledgeSource,
-    TermFrequency,
 )
 from kotonoha_store.records import AnyFilters, BulkResult, Scope, check_json, check_text
 from kotonoha_store.source_status import lock_sources, recompute_status
@@ -98,7 +96,7 @@ async def delete_chunks(
     deleted_letters = await _delete_each(session, KnowledgeChunkDeadLetter, letters)
     deleted_sources = await _settle(session, sources)
     if chunks:
-        await _forget_words(session)
+        await refresh_terms(session, force=True)
     return BulkResult(deleted_chunks, deleted_sources, deleted_letters, dry_run=False)
 
 
@@ -196,14 +194,6 @@ async def _settle(session: AsyncSession, sources: Sequence[int]) -> int:
             deleted += result.rowcount
         await recompute_status(session, batch)
     return deleted
-
-
-async def _forget_words(session: AsyncSession) -> None:
-    """Count anew which words are common, so that none stays in that list which only deleted chunks had."""
-    await refresh_terms(session, force=True)
-    # Where nothing is left there is nothing to count, and the list would stay.
-    if (await session.execute(select(~exists().select_from(ChunkTerms)))).scalar_one():
-        await session.execute(delete(TermFrequency).execution_options(synchronize_session=False))
 
 
 async def _rewrite_words(session: AsyncSession, sources: Sequence[int]) -> None:

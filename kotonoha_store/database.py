@@ -337,7 +337,7 @@ async def _committed(unit: Executor) -> AsyncIterator[None]:
         yield
     except BaseException:
         # Where the connection is gone the server has rolled back; the caller's error is the one to raise.
-        with contextlib.suppress(DBAPIError, asyncpg.InterfaceError, OSError):
+        with contextlib.suppress(DBAPIError, asyncpg.InterfaceError, asyncpg.exceptions.InternalClientError, OSError):
             await unit.rollback()
         raise
     with translated_errors():
@@ -516,12 +516,22 @@ def _from_sqlstate(sqlstate: str, constraint: str | None) -> StoreError | None:
     return StoreError(f"the server refused the statement (SQLSTATE {sqlstate}); nothing was written")
 
 
+_DRIVER_ERRORS: Final = (
+    DBAPIError,
+    PoolTimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.exceptions.InternalClientError,
+    OSError,
+)
+
+
 @contextmanager
 def translated_errors() -> Iterator[None]:
     """Raise the driver's errors as this library's, with the original as ``__cause__``."""
     try:
         yield
-    except (DBAPIError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+    except _DRIVER_ERRORS as error:
         if (translation := translate_error(error)) is None:
             raise
         raise translation from error

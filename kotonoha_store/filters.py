@@ -164,6 +164,11 @@ class _Field(NamedTuple):
     of_source: bool = False
 
 
+def _has_none_of(names: BindParameter[Any]) -> ColumnElement[bool]:
+    columns = (KnowledgeChunk.guild_id, KnowledgeChunk.channel_id, KnowledgeChunk.thread_id, KnowledgeChunk.user_id)
+    return and_(*(or_(column.is_(None), func.array_position(names, column.key).is_(None)) for column in columns))
+
+
 _MOMENT: Final = DateTime(timezone=True)
 # One array: of single parameters a statement takes 32,767 only.
 _BIGINTS: Final = ARRAY(BigInteger)
@@ -178,6 +183,7 @@ _FIELDS: Final[dict[str, _Field]] = {
     "since": _Field(_MOMENT, lambda value: KnowledgeChunk.occurred_to >= value),
     "until": _Field(_MOMENT, lambda value: KnowledgeChunk.occurred_from < value),
     "models": _Field(_TEXTS, lambda value: KnowledgeChunk.embedding_model == func.any(value), list),
+    "without": _Field(_TEXTS, lambda names: _has_none_of(names), list),
     # Of the column's own type: cast from text[], its values would tell the planner nothing.
     "source_types": _Field(
         ARRAY(KnowledgeSource.type.type),

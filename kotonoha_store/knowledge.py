@@ -210,6 +210,8 @@ class KnowledgeRepository:
         await self._session.execute(
             delete(KnowledgeChunkDeadLetter).where(KnowledgeChunkDeadLetter.source_id == source_id)
         )
+        # Words that only these chunks had must not stay in the list of the common ones.
+        await refresh_terms(self._session, force=True)
 
     @translated
     async def delete_chunks(

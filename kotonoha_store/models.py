@@ -350,6 +350,8 @@ DECLARE
     newest bigint := (SELECT max(chunk_id) FROM chunk_terms);
     known double precision := (SELECT frequency FROM term_frequencies WHERE term = '');
     counted_to double precision := (SELECT frequency FROM term_frequencies WHERE term = '#');
+    size double precision := pg_relation_size('chunk_terms');
+    counted_size double precision := (SELECT frequency FROM term_frequencies WHERE term = '#size');
     drawn bigint[];
     sample bigint[];
     chunks double precision;
@@ -357,11 +359,18 @@ BEGIN
     -- While the index is still being built there is nothing to merge.
     PERFORM gin_clean_pending_list(indexrelid) FROM pg_index
     WHERE indexrelid = to_regclass('idx_chunk_terms_terms') AND indisvalid;
-    IF newest IS NULL OR (abs(newest - counted_to) < known / 2 AND NOT force) THEN
+    -- One id far above the others hides growth, which the size shows.
+    IF abs(newest - counted_to) < known / 2 AND size < 1.5 * counted_size AND NOT force THEN
         RETURN;
     END IF;
-    -- Whoever is counting already counts for all.
-    IF NOT pg_try_advisory_xact_lock(7205110862154902382) THEN
+    -- Whoever is counting already counts for all; with an old snapshot two that count would collide.
+    IF NOT pg_try_advisory_xact_lock(7205110862154902382)
+        OR current_setting('transaction_isolation') <> 'read committed'
+    THEN
+        RETURN;
+    END IF;
+    IF newest IS NULL THEN
+        DELETE FROM term_frequencies;
         RETURN;
     END IF;
     IF newest > sample_size THEN
@@ -386,6 +395,8 @@ BEGIN
     SELECT '', chunks
     UNION ALL
     SELECT '#', newest
+    UNION ALL
+    SELECT '#size', size
     UNION ALL (
         SELECT word, ndoc::double precision / cardinality(sample)
         FROM ts_stat(format('SELECT terms FROM chunk_terms WHERE chunk_id = ANY (%L::bigint[])', sample))

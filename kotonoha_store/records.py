@@ -355,6 +355,7 @@ class SearchFilters(_Filters):
         metadata: JSON that the source's metadata must contain (``@>``); 1, "1" and true differ.
         session_keys: only chunks archived from these sessions.
         models: only chunks whose vector was made by one of these models.
+        without: only chunks that have none of these, such as documents of a guild that are of no channel.
 
     Raises:
         InvalidInputError: a field is unknown or its value cannot be searched for; also from ``&`` and
@@ -372,6 +373,7 @@ class SearchFilters(_Filters):
     metadata: FilterJson | None = None
     session_keys: tuple[StoredText, ...] | None = None
     models: tuple[StoredText, ...] | None = None
+    without: tuple[Literal["guild_id", "channel_id", "thread_id", "user_id"], ...] | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -259,16 +259,38 @@ class SearchRepository:
             "scope_size": await self._scope_size(asked, candidates),
         }
 
-        def prepared(plan: VectorPlan) -> Prepared:
-            return statements.hybrid(plan.name, words.shape(asked, words.plan), with_vectors=options.is_diverse)
+        def prepared(plan: VectorPlan, by_words: WordPlan = words.plan) -> Prepared:
+            return statements.hybrid(plan.name, words.shape(asked, by_words), with_vectors=options.is_diverse)
 
         plan = await self._vector_plan(asked, candidates, effort)
-        rows, _, complete = await self._by_meaning(prepared, plan, values, asked)
+        rows, plan, complete = await self._by_meaning(prepared, plan, values, asked)
+        if (rows[0][-1] if rows else 0) < top_k and not words.query.is_empty:
+            # The words found less than they might; they look again as they do alone.
+            rows, complete = await self._again(rows, prepared, plan, values, words, complete=complete)
         if not rows and complete and not offset:
             await self._refuse_other_models(asked, model)
-        # With as many as are fused of one side, more may lie behind them.
-        complete = complete and (len(rows) >= values["top_k"] or offset + len(rows) < candidates)
         return await self._result(rows, "hybrid", complete, model, options, started)
+
+    async def _again(
+        self,
+        rows: Sequence[Any],
+        prepared: Callable[[VectorPlan, WordPlan], Prepared],
+        plan: VectorPlan,
+        values: dict[str, Any],
+        words: Words,
+        *,
+        complete: bool,
+    ) -> tuple[Sequence[Any], bool]:
+        values |= {"ef_search": str(plan.ef_search)}
+        if words.is_guess:
+            values |= {"required": words.certain}
+            return await self._runner.fetch(prepared(plan, words.certain_plan), values), complete
+        if words.plan != "any" or await self._all_selected(values):
+            return rows, complete
+        values |= {"selecting": statements.QUERY_TERMS, "budget": _LAST_BUDGET}
+        rows = await self._runner.fetch(prepared(plan, "any"), values)
+        is_full = len(rows) >= values["top_k"]
+        return rows, complete and (is_full or await self._all_selected(values))
 
     async def _by_meaning(
         self, prepared: Callable[[VectorPlan], Prepared], plan: VectorPlan, values: dict[str, Any], asked: Asked
@@ -294,10 +316,8 @@ class SearchRepository:
             rows = await self._runner.fetch(statements.matching(found), values)
             return rows, len(rows) >= values["top_k"] or await self._all_selected(values)
         if words.is_guess:
-            certain = words.certain
-            values |= {"required": certain}
-            plan: WordPlan = "required" if certain else "scan"
-            rows = await self._runner.fetch(statements.matching(words.shape(asked, plan)), values)
+            values |= {"required": words.certain}
+            rows = await self._runner.fetch(statements.matching(words.shape(asked, words.certain_plan)), values)
         return rows, True
 
     async def _all_selected(self, values: Mapping[str, Any]) -> bool:
@@ -325,7 +345,8 @@ class SearchRepository:
             known = Selectivity(count, max(total, count))
             if count > limit:
                 known = await self._sampled(asked, pages, count)
-            self._selectivities.put(asked.filters, known)
+            if asked.is_short:
+                self._selectivities.put(asked.filters, known)
         return known
 
     async def _limit(self, top_k: int) -> int:

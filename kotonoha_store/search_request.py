@@ -32,6 +32,9 @@ _REQUIRED_POOL: Final = 1_000
 # How many of the nearest are fetched for each hit of a diverse result.
 _DIVERSE_POOL: Final = 4
 
+# Of lists and texts in the filters.
+_REMEMBERED_VALUES: Final = 10_000
+
 _SCOPE_FIELDS: Final = ("guild_id", "channel_id", "thread_id", "user_id")
 
 
@@ -49,6 +52,11 @@ class Asked:
     values: dict[str, Any]
     scope: list[str]
     is_narrowed: bool
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it is worth the memory to remember these filters."""
+        return sum(len(value) for value in self.values.values() if isinstance(value, list | str)) <= _REMEMBERED_VALUES
 
     @classmethod
     def by(cls, filters: AnyFilters) -> "Asked":
@@ -83,6 +91,7 @@ class Words:
     query: WordQuery
     certain: str
     required: str
+    guess: str
     match: Match
 
     @classmethod
@@ -94,7 +103,7 @@ class Words:
         if match == "all" and query.loose:
             certain += query.lookups(query.loose, anywhere=True)
         guesses = [phrase.guess for phrase in query.phrases if phrase.lookup is None and phrase.guess is not None]
-        return cls(query, " & ".join(certain), " & ".join([*certain, *guesses]), match)
+        return cls(query, " & ".join(certain), " & ".join([*certain, *guesses]), " & ".join(guesses), match)
 
     @property
     def is_guess(self) -> bool:
@@ -106,10 +115,21 @@ class Words:
             return "required"
         return "scan" if self.query.phrases else "any"
 
+    @property
+    def certain_plan(self) -> WordPlan:
+        """The plan that relies on no guess."""
+        return "required" if self.certain else "scan"
+
     def shape(self, asked: Asked, plan: WordPlan) -> WordsShape:
         is_ranked = self.match == "any" and bool(self.query.loose)
         return WordsShape(
-            asked.shape, plan, bool(asked.scope), asked.is_narrowed, bool(self.query.phrases), is_ranked=is_ranked
+            asked.shape,
+            plan,
+            bool(asked.scope),
+            asked.is_narrowed,
+            bool(self.query.phrases),
+            is_ranked=is_ranked,
+            is_guessed=bool(self.guess),
         )
 
     def values(self, *, candidates: int) -> dict[str, Any]:
@@ -122,6 +142,7 @@ class Words:
             "beyond": self.query.beyond(),
             "pairs_only": self.query.pairs_only,
             "required": self.required,
+            "guess": self.guess,
             "phrases": [phrase.text for phrase in self.query.phrases],
             "selecting": statements.SELECTING_TERMS,
             "budget": _BUDGET,

@@ -82,6 +82,7 @@ QUERY_TERMS: Final = 64
 
 _TEXTS: Final = ARRAY(Text)
 _NO_DISTANCE: Final = cast(null(), Double).label("distance")
+_GUESSED: Final[ColumnElement[int]] = literal_column("1000")
 _ZERO: Final[ColumnElement[int]] = literal_column("0")
 _NOTHING: Final[ColumnElement[float]] = literal_column("0::float8")
 _ONE: Final[ColumnElement[float]] = literal_column("1")
@@ -104,6 +105,7 @@ class WordsShape:
         narrowed: whether the filters ask for more than those terms say.
         phrases: whether the parameter phrases has texts that must occur.
         is_ranked: whether what has all that is required may hold more or fewer of the query's terms.
+        is_guessed: whether the parameter guess is a tsquery that most of what is required meets; those come first.
     """
 
     filters: Shape
@@ -112,6 +114,7 @@ class WordsShape:
     narrowed: bool = False
     phrases: bool = False
     is_ranked: bool = False
+    is_guessed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +176,14 @@ def selected_terms() -> Prepared:
 def hybrid(plan: VectorPlan, words: "WordsShape", *, with_vectors: bool = False) -> Prepared:
     """Both, fused by reciprocal rank (Cormack, Clarke, Büttcher 2009): the sum of weight / (k + rank).
 
-    Parameters: those of both; candidates is how many of each are fused; k, words_weight, meaning_weight,
-    neighbour_penalty.
+    Its last column is how many the words found. Parameters: those of both; candidates is how many of each are
+    fused; k, words_weight, meaning_weight, neighbour_penalty.
     """
-    fused = _fused(_meaning(plan, words.filters), _words(words))
-    return prepare(_with_details(_page(fused, fused.c.score), with_vectors=with_vectors, measured=True))
+    by_words = _words(words)
+    fused = _fused(_meaning(plan, words.filters), by_words)
+    found = select(func.count()).select_from(by_words).scalar_subquery().label("found_by_words")
+    page = _with_details(_page(fused, fused.c.score), with_vectors=with_vectors, measured=True)
+    return prepare(page.add_columns(found))
 
 
 @lru_cache(maxsize=_CACHED_SHAPES)
@@ -482,6 +488,10 @@ def _by_required(words: WordsShape) -> CTE:
         text_alone = func.substr(whole, func.strpos(whole, literal_column("E'\\n'")) + literal_column("1"))
         has = func.count().filter(func.strpos(text_alone, phrase.c.text) > _ZERO)
         in_text = select(has).select_from(phrase).scalar_subquery()
+    if words.is_guessed:
+        # A whole block before the others, so that they follow where the guess alone found too little.
+        guessed = _matches(ChunkTerms.terms, cast(bindparam("guess", type_=Text()), TSQUERY))
+        in_text = in_text + case((guessed, _GUESSED), else_=_ZERO)
     # Of more than that, any; of those, the newest: which rows are read first is up to the server.
     met = _materialized(rows.add_columns(in_text.label("in_text")).limit(_REQUIRED_REACH), "met")
     newest = select(met.c.id, met.c.in_text).order_by(met.c.in_text.desc(), met.c.id.desc())

@@ -113,7 +113,8 @@ class Remembered(Generic[K, V]):
 
     def put(self, key: K, value: V) -> None:
         """Remember it, and forget what was put in first when there is too much."""
-        self._known[key] = (monotonic(), value)
+        now = monotonic()
+        self._known[key] = (now, value)
         self._known.move_to_end(key)
-        if len(self._known) > self._size:
+        while len(self._known) > self._size or now - next(iter(self._known.values()))[0] > self._seconds:
             self._known.popitem(last=False)

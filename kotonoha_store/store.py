@@ -1,7 +1,7 @@
 """The whole library behind one object: :class:`Store`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from time import perf_counter
 from typing import Any, Final, Literal, TypedDict
 
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import migrations
@@ -22,7 +21,6 @@ from kotonoha_store.embedders import Embedder, embedder_from_settings
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError
 from kotonoha_store.knowledge import KnowledgeRepository
-from kotonoha_store.models import KnowledgeChunk
 from kotonoha_store.recall import TOKENS_A_MESSAGE, Recall, assemble
 from kotonoha_store.recall_check import RecallReport, recall_check
 from kotonoha_store.records import (
@@ -60,9 +58,6 @@ SearchMode = Literal["meaning", "words", "hybrid"]
 
 
 _RECALL_MESSAGES: Final = 1000
-
-# How often a search is made again without the guilds that it should not have found.
-_GUILD_ROUNDS: Final = 10
 
 
 class _Page(TypedDict):
@@ -380,7 +375,7 @@ class Store:
         if filters is not None or everywhere:
             result = await search(filters=filters)
         elif session is not None:
-            result = await self._search_own_scope(session.scope, _own_scope(session), search)
+            result = await search(filters=_own_scope(session))
         else:
             raise NotFoundError(f"no session has the key {session_key!r}; name what to search in by filters=")
         messages = () if session is None else session.messages
@@ -417,34 +412,6 @@ class Store:
                 with translated_errors():
                     after_id = await fill_terms(connection, after_id=after_id)
                     await refresh_terms(connection, force=after_id is None)
-
-    async def _search_own_scope(
-        self, scope: Scope, filters: AnyFilters, search: Callable[..., Awaitable[SearchResult]]
-    ) -> SearchResult:
-        result = await search(filters=filters)
-        if scope.guild_id is not None:
-            return result
-        # No filter asks for what has no guild, and the same channel id in a guild is another's channel.
-        for _ in range(_GUILD_ROUNDS):
-            if not (guilds := await self._guilds(result)):
-                return result
-            for guild_id in set(guilds.values()):
-                filters &= ~SearchFilters(guild_id=guild_id)
-            result = await search(filters=filters)
-        guilds = await self._guilds(result)
-        return replace(result, hits=tuple(hit for hit in result.hits if hit.chunk_id not in guilds), complete=False)
-
-    async def _guilds(self, result: SearchResult) -> dict[int, int]:
-        """The guild of each chunk that has one."""
-        if not result.hits:
-            return {}
-        chunk = KnowledgeChunk
-        has_guild = select(chunk.id, chunk.guild_id).where(
-            chunk.id.in_([hit.chunk_id for hit in result.hits]), chunk.guild_id.is_not(None)
-        )
-        async with self.database.connect() as connection:
-            with translated_errors():
-                return {row.id: row.guild_id for row in await connection.execute(has_guild)}
 
     @asynccontextmanager
     async def _searching(self) -> AsyncIterator[SearchRepository]:
@@ -485,12 +452,14 @@ class Store:
         ]
 
 
-def _own_scope(session: SessionRecord) -> SearchFilters:
+def _own_scope(session: SessionRecord) -> AnyFilters:
     scope = session.scope
+    # The same channel's id in a guild is another's channel.
+    guild = SearchFilters(without=("guild_id",)) if scope.guild_id is None else SearchFilters(guild_id=scope.guild_id)
     if scope.channel_id is not None:
-        return SearchFilters(guild_id=scope.guild_id, channel_id=scope.channel_id)
+        return guild & SearchFilters(channel_id=scope.channel_id)
     if scope.user_id is not None:
-        return SearchFilters(guild_id=scope.guild_id, user_id=scope.user_id)
+        return guild & SearchFilters(user_id=scope.user_id)
     return SearchFilters(session_keys=(session.session_key,))
 
 

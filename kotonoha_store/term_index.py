@@ -90,7 +90,7 @@ async def fill_terms(unit: Executor, *, after_id: int = FIRST_ID, ids: Sequence[
 async def _analysed(chunks: Sequence[TextOfChunk]) -> AsyncGenerator[list[_Record], None]:
     """Rows in batches: while the server takes one, the next is made in a thread."""
     batches = _batches(chunks)
-    if sum(len(chunk.content) for chunk in chunks) <= _CHARACTERS_IN_LOOP:
+    if sum(map(_characters, chunks)) <= _CHARACTERS_IN_LOOP:
         for batch in batches:
             yield _records(batch)
         return
@@ -106,6 +106,10 @@ async def _analysed(chunks: Sequence[TextOfChunk]) -> AsyncGenerator[list[_Recor
             following.cancel()
 
 
+def _characters(chunk: TextOfChunk) -> int:
+    return len(chunk.title) + len(chunk.content)
+
+
 def _batches(chunks: Sequence[TextOfChunk]) -> list[list[TextOfChunk]]:
     batches: list[list[TextOfChunk]] = []
     room = 0
@@ -115,7 +119,7 @@ def _batches(chunks: Sequence[TextOfChunk]) -> list[list[TextOfChunk]]:
             # The first is short: nothing is written while it is made.
             room = _CHARACTERS_IN_LOOP if len(batches) == 1 else _CHARACTERS_A_BATCH
         batches[-1].append(chunk)
-        room -= len(chunk.content)
+        room -= _characters(chunk)
     return batches
 
 

@@ -33,6 +33,8 @@ The title's are kept first, then the shortest.
 # A word's place and the count of its places, two bytes each, and one to align them.
 _PLACE_BYTES: Final = 5
 
+_MARKS_MAX: Final = 30
+
 SCOPE_MARK: Final = "#"
 """Begins the terms that say whose a chunk is; no term of a text does."""
 
@@ -153,7 +155,13 @@ class WordQuery:
 
 
 def fold(text: str) -> str:
-    """Return the text in compatibility form and without case; folding again changes nothing."""
+    """Return the text in compatibility form and without case; folding again changes nothing.
+
+    Of more than thirty marks on one letter the rest is dropped: putting them in order takes time by the square of
+    their number (Unicode Standard Annex 15, "Stream-Safe Text Format").
+    """
+    if not text.isascii():
+        text = _marks().sub(lambda marks: marks.group()[:_MARKS_MAX], text)
     while not text.isascii():
         folded = unicodedata.normalize("NFKC", text).casefold()
         # A few characters take a second pass.
@@ -268,6 +276,14 @@ def _runs(folded: str) -> list[tuple[str, str, str]]:
     """Of each run either the first is filled (written without spaces), the second (a word) or the third (a picture)."""
     found: list[tuple[str, str, str]] = _pattern().findall(folded)
     return found
+
+
+@cache
+def _marks() -> re.Pattern[str]:
+    marks = _ranges(
+        [range(0x300, 0xD800), range(0xE000, 0x1F000)], lambda character: unicodedata.combining(character) > 0
+    )
+    return re.compile(f"[{marks}]{{{_MARKS_MAX + 1},}}")
 
 
 @cache

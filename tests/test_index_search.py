@@ -243,7 +243,7 @@ async def test_pages_add_up(clusters: Clusters, clustered: AsyncSession, effort:
         assert (result.plan, result.complete) == ("exact", True)
         return ids(result)
 
-    whole = clusters.nearest(query, 8 if filters else None)
+    whole = clusters.nearest(query, None if filters is None else 8)
     assert [await page(offset, 50) for offset in range(0, 200, 50)] == [whole[i : i + 50] for i in range(0, 200, 50)]
     assert await page(999, 1) == whole[999:1000]
     assert await page(490, 20) == whole[490:510]
