@@ -20,6 +20,7 @@ from sqlalchemy import (
     exists,
     false,
     func,
+    literal_column,
     or_,
     true,
 )
@@ -166,7 +167,12 @@ class _Field(NamedTuple):
 
 def _has_none_of(names: BindParameter[Any]) -> ColumnElement[bool]:
     columns = (KnowledgeChunk.guild_id, KnowledgeChunk.channel_id, KnowledgeChunk.thread_id, KnowledgeChunk.user_id)
-    return and_(*(or_(column.is_(None), func.array_position(names, column.key).is_(None)) for column in columns))
+    return and_(
+        *(
+            or_(column.is_(None), func.array_position(names, literal_column(f"'{column.key}'")).is_(None))
+            for column in columns
+        )
+    )
 
 
 _MOMENT: Final = DateTime(timezone=True)

@@ -82,7 +82,7 @@ QUERY_TERMS: Final = 64
 
 _TEXTS: Final = ARRAY(Text)
 _NO_DISTANCE: Final = cast(null(), Double).label("distance")
-_GUESSED: Final[ColumnElement[int]] = literal_column("1000")
+_GUESSED: Final[ColumnElement[int]] = literal_column("1000000")
 _ZERO: Final[ColumnElement[int]] = literal_column("0")
 _NOTHING: Final[ColumnElement[float]] = literal_column("0::float8")
 _ONE: Final[ColumnElement[float]] = literal_column("1")
@@ -163,7 +163,7 @@ def matching(words: "WordsShape") -> Prepared:
     (among how many), top_k, offset; and what :class:`WordsShape` names.
     """
     ranked = _words(words)
-    return prepare(_with_details(_page(ranked, ranked.c.score)))
+    return prepare(_with_details(_page(ranked, ranked.c.score), in_blocks=words.is_guessed))
 
 
 @cache
@@ -551,7 +551,9 @@ def _page(ranked: CTE, score: Any) -> CTE:
     return page.cte("page")
 
 
-def _with_details(page: CTE, *, with_vectors: bool = False, measured: bool = False) -> AnySelect:
+def _with_details(
+    page: CTE, *, with_vectors: bool = False, measured: bool = False, in_blocks: bool = False
+) -> AnySelect:
     chunk, source = KnowledgeChunk, KnowledgeSource
     distance: Any = page.c.distance
     if measured:
@@ -559,6 +561,8 @@ def _with_details(page: CTE, *, with_vectors: bool = False, measured: bool = Fal
         measurable = func.nullif(chunk.embedding.cosine_distance(_QUERY), _NAN)
         comparable = case((chunk.embedding_model == _MODEL, measurable))
         distance = func.coalesce(distance, comparable)
+    # What puts a block before the other is no weight of words.
+    blocks = func.floor(page.c.score / _GUESSED) * _GUESSED
     columns = [
         chunk.id,
         chunk.source_id,
@@ -567,7 +571,7 @@ def _with_details(page: CTE, *, with_vectors: bool = False, measured: bool = Fal
         source.uri,
         chunk.content,
         (_ONE - distance).label("similarity"),
-        page.c.score,
+        (page.c.score - blocks).label("score") if in_blocks else page.c.score,
         chunk.location,
         source.source_metadata,
         chunk.occurred_from,

@@ -426,10 +426,11 @@ async def test_the_largest_combinations_can_be_asked(session: AsyncSession) -> N
         metadata={"a": 1},
         session_keys=["one"],
         models=["model-a"],
+        without=["guild_id"],
     )
     assert set(shape(full).fields) == set(SearchFilters.model_fields)
     wide = CombinedFilters(op="or", parts=[full] * (FILTER_MAX_PARTS - 1) + [SearchFilters(guild_id=7)])
-    assert len(parameters(wide)) == 11 * (FILTER_MAX_PARTS - 1) + 1
+    assert len(parameters(wide)) == 12 * (FILTER_MAX_PARTS - 1) + 1
     assert await kept(session, wide) == {row.id}
 
     deep: AnyFilters = SearchFilters(guild_id=7)
@@ -611,3 +612,17 @@ async def test_sources_are_looked_up_where_a_filter_is_negated_or_an_alternative
     assert "Seq Scan" not in await plan(SearchFilters(source_types=["image_caption"]))
     assert "idx_sources_origin_session_key" in await plan(SearchFilters(session_keys=["key 77"]))
     assert "idx_chunks_guild_id" in await plan(guild)
+
+
+async def test_without(session: AsyncSession) -> None:
+    """Chunks that have none of the named ids; a document of a guild that is of no channel, say."""
+    of_guild = await add(session, guild_id=7)
+    of_channel = await add(session, guild_id=7, channel_id=8)
+    of_user = await add(session, user_id=9)
+    assert await kept(session, SearchFilters(guild_id=7, without=["channel_id"])) == {of_guild.id}
+    assert await kept(session, SearchFilters(without=["guild_id"])) == {of_user.id}
+    assert await kept(session, SearchFilters(guild_id=7) & ~SearchFilters(without=["channel_id"])) == {of_channel.id}
+    assert await kept(session, SearchFilters(without=["user_id", "channel_id"])) == {of_guild.id}
+    assert not SearchFilters(without=["guild_id"]).names_scope
+    with pytest.raises(InvalidInputError, match="without"):
+        SearchFilters(without=["source_id"])

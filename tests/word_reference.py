@@ -89,11 +89,20 @@ def ranked(chunks: Iterable[Known], query_text: str, known: Mapping[str, float],
         in_text = sum(phrase.text in chunk.folded.partition("\n")[2] for phrase in query.phrases)
         if match == "all" or (query.phrases and not query.loose):
             # All that are found have all of it.
-            found.append((False, round(sum(weight.values()) + in_text, 9), chunk.id))
+            found.append((not meets_guess(chunk, query), round(sum(weight.values()) + in_text, 9), chunk.id))
         else:
             score = sum(weight[term] * (1.25 if term in chunk.words.repeated else 1) for term in held) + in_text
-            found.append((not query.phrases and not heaviest & set(held), round(score, 9), chunk.id))
+            is_later = not meets_guess(chunk, query) if query.phrases else not heaviest & set(held)
+            found.append((is_later, round(score, 9), chunk.id))
     # What has none of the heaviest terms comes after all that has one, and says so by its score.
     least = min((score for is_later, score, _ in found if not is_later), default=math.inf)
     found.sort(key=lambda hit: (hit[0], -hit[1], hit[2]))
-    return [(min(score, least) if is_later else score, chunk_id) for is_later, score, chunk_id in found]
+    shown = [(min(score, least) if is_later else score, chunk_id) for is_later, score, chunk_id in found]
+    # With phrases the blocks follow a guess, which is no weight.
+    return [(score, chunk_id) for _, score, chunk_id in found] if query.phrases else shown
+
+
+def meets_guess(chunk: Known, query: WordQuery) -> bool:
+    """Whether the words stand where phrases that may lie within a word mostly do."""
+    guesses = [phrase.guess for phrase in query.phrases if phrase.guess is not None]
+    return all(chunk.holds(guess.removesuffix(":*").strip("'"), beginning=guess.endswith(":*")) for guess in guesses)
