@@ -167,12 +167,11 @@ class _Field(NamedTuple):
 
 def _has_none_of(names: BindParameter[Any]) -> ColumnElement[bool]:
     columns = (KnowledgeChunk.guild_id, KnowledgeChunk.channel_id, KnowledgeChunk.thread_id, KnowledgeChunk.user_id)
-    return and_(
-        *(
-            or_(column.is_(None), func.array_position(names, literal_column(f"'{column.key}'")).is_(None))
-            for column in columns
-        )
-    )
+
+    def is_asked_for(name: str) -> ColumnElement[bool]:
+        return func.array_position(names, literal_column(f"'{name}'")).is_not(None)
+
+    return and_(*(or_(column.is_(None), ~is_asked_for(column.key)) for column in columns))
 
 
 _MOMENT: Final = DateTime(timezone=True)
