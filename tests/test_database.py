@@ -43,7 +43,7 @@ from kotonoha_store.database import (
     database_url,
     driver_connection,
     dump_json,
-    register_halfvec,
+    register_codecs,
     translate_error,
     translated_errors,
 )
@@ -271,7 +271,7 @@ async def test_a_connection_made_before_the_first_migration_learns_the_codec(emp
 async def test_without_the_extension_nothing_is_registered(empty_url: URL) -> None:
     connection = await asyncpg.connect(**connect_arguments(empty_url, settings_for(empty_url)))
     try:
-        assert await register_halfvec(connection) is False
+        assert await register_codecs(connection) is False
     finally:
         await connection.close()
 
