@@ -303,7 +303,9 @@ async def test_two_thousand_chunks_are_two_copies(database: Database, monkeypatc
     )
     async with database.begin() as session:
         source_id, ids = await add(KnowledgeRepository(session), *plain(*(f"chunk {n}" for n in range(2000))))
-    assert copies == [*[("knowledge_chunks", 1000), ("embedding_jobs", 1000)] * 2, ("chunk_terms", 2000)]
+    assert copies[:4] == [("knowledge_chunks", 1000), ("embedding_jobs", 1000)] * 2
+    assert {table for table, _ in copies[4:]} == {"chunk_terms"}
+    assert sum(rows for _, rows in copies[4:]) == 2000
     assert len(statements) < 10, statements
     async with database.begin() as session:
         rows = await chunks(session)
