@@ -34,6 +34,7 @@ from kotonoha_store.models import (
     Base,
     ChunkTerms,
     EmbeddingJob,
+    EmbeddingPause,
     KnowledgeChunk,
     KnowledgeChunkDeadLetter,
     KnowledgeSource,
@@ -43,24 +44,15 @@ from kotonoha_store.models import (
 from kotonoha_store.recall import Citation, Recall
 from kotonoha_store.recall_check import RecallReport
 from kotonoha_store.records import (
-    AnyFilters,
     AppendResult,
-    BulkResult,
     ClaimedChunk,
-    CombinedFilters,
     DeadLetter,
     DocumentResult,
-    Fusion,
     Lease,
     Message,
-    Neighbour,
     NewChunk,
     QueueDepth,
     Scope,
-    SearchFilters,
-    SearchHit,
-    SearchResult,
-    SearchTimings,
     SessionRecord,
     SessionStatus,
     SessionSummary,
@@ -69,6 +61,17 @@ from kotonoha_store.records import (
     SourceType,
 )
 from kotonoha_store.retrieval import SearchRepository
+from kotonoha_store.search_records import (
+    AnyFilters,
+    BulkResult,
+    CombinedFilters,
+    Fusion,
+    Neighbour,
+    SearchFilters,
+    SearchHit,
+    SearchResult,
+    SearchTimings,
+)
 from kotonoha_store.sessions import SessionRepository
 from kotonoha_store.settings import Settings
 from kotonoha_store.store import Store, UnitOfWork
@@ -94,6 +97,7 @@ __all__ = [
     "EmbedderConfigurationError",
     "EmbeddingError",
     "EmbeddingJob",
+    "EmbeddingPause",
     "EmbeddingQueue",
     "EmbeddingReport",
     "EmbeddingWorker",

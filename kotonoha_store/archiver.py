@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from kotonoha_store.checks import check_id
 from kotonoha_store.chunking import ChatPiece, chunk_messages
 from kotonoha_store.columns import AnyRow, AnySelect
 from kotonoha_store.database import Database, translated
@@ -23,7 +24,7 @@ from kotonoha_store.errors import (
 )
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.models import Session
-from kotonoha_store.records import Message, NewChunk, Scope, SessionStatus, SourceType, check_id
+from kotonoha_store.records import Message, NewChunk, Scope, SessionStatus, SourceType
 from kotonoha_store.sessions import DueSession, SessionRepository
 
 TITLE_LENGTH: Final = 50

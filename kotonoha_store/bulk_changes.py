@@ -36,6 +36,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.visitors import replacement_traverse
 
+from kotonoha_store.checks import check_json, check_text
 from kotonoha_store.columns import AnySelect
 from kotonoha_store.errors import InvalidInputError
 from kotonoha_store.filters import Shape, conditions, parameters, shape
@@ -44,7 +45,8 @@ from kotonoha_store.models import (
     KnowledgeChunkDeadLetter,
     KnowledgeSource,
 )
-from kotonoha_store.records import AnyFilters, BulkResult, Scope, check_json, check_text
+from kotonoha_store.records import SCOPE_FIELDS, Scope
+from kotonoha_store.search_records import AnyFilters, BulkResult
 from kotonoha_store.source_status import lock_sources, recompute_status
 from kotonoha_store.term_index import TextOfChunk, refresh_terms, rewrite_terms
 
@@ -245,7 +247,7 @@ def _source_of_letter() -> Subquery:
         "title": _LETTERS.c.source_title,
         "metadata": literal_column("'{}'::jsonb"),
         "origin_session_key": _LETTERS.c.location["session_key"].astext,
-        **{name: _LETTERS.c[name] for name in ("guild_id", "channel_id", "thread_id", "user_id")},
+        **{name: _LETTERS.c[name] for name in SCOPE_FIELDS},
     }
     columns = [
         case((_SOURCES.c.id.is_(None), known[column.name]), else_=column).label(column.name)

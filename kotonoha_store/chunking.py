@@ -12,8 +12,9 @@ from typing import Literal, get_args
 
 from semantic_text_splitter import TextSplitter
 
+from kotonoha_store.checks import check_text
 from kotonoha_store.errors import InvalidInputError
-from kotonoha_store.records import Message, check_text
+from kotonoha_store.records import Message
 from kotonoha_store.tokens import count_tokens
 
 Strategy = Literal["message_based", "token_based"]

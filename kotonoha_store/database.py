@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from kotonoha_store import embedded
+from kotonoha_store.checks import check_json
 from kotonoha_store.columns import pack_vector, unpack_vector
 from kotonoha_store.errors import (
     ConfigurationError,
@@ -32,7 +33,6 @@ from kotonoha_store.errors import (
     StoreTimeoutError,
     StoreUnavailableError,
 )
-from kotonoha_store.records import check_json
 from kotonoha_store.settings import Settings
 from kotonoha_store.words import unpack_terms
 
@@ -161,7 +161,7 @@ def dump_json(value: Any) -> str:
     """Serialise for ``jsonb``; integers of any size survive.
 
     Raises:
-        InvalidInputError: see :func:`kotonoha_store.records.check_json`; also an integer beyond 4,300 digits.
+        InvalidInputError: see :func:`kotonoha_store.checks.check_json`; also an integer beyond 4,300 digits.
     """
     check_json(value)
     try:

@@ -45,7 +45,7 @@ from kotonoha_store.columns import AnySelect, HalfVector, PackedVector, VectorLi
 from kotonoha_store.database import Database, driver_connection, translated
 from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError
 from kotonoha_store.models import EmbeddingJob, KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
-from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, QueueDepth, SourceStatus
+from kotonoha_store.records import SCOPE_FIELDS, ClaimedChunk, DeadLetter, Lease, QueueDepth, SourceStatus
 from kotonoha_store.source_status import lock_sources, recompute_status
 from kotonoha_store.term_index import fill_terms, refresh_terms
 
@@ -68,10 +68,7 @@ _KEPT: Final = (
     "location",
     "token_count",
     "content_hash",
-    "guild_id",
-    "channel_id",
-    "thread_id",
-    "user_id",
+    *SCOPE_FIELDS,
     "occurred_from",
     "occurred_to",
 )

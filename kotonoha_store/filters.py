@@ -29,7 +29,7 @@ from sqlalchemy.types import TypeEngine
 
 from kotonoha_store.errors import InvalidInputError
 from kotonoha_store.models import KnowledgeChunk, KnowledgeSource
-from kotonoha_store.records import AnyFilters, CombinedFilters, SearchFilters, dump_filter_json
+from kotonoha_store.search_records import AnyFilters, CombinedFilters, SearchFilters, dump_filter_json
 
 
 class Shape(NamedTuple):

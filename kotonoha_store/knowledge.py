@@ -12,28 +12,15 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import bulk_changes
+from kotonoha_store.checks import check_id, check_json, check_text, in_utc
 from kotonoha_store.columns import AnyRow, AnySelect, PackedVector, pack_vectors
 from kotonoha_store.database import driver_connection, dump_json, ensure_codecs, translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError
 from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
-from kotonoha_store.records import (
-    AnyFilters,
-    BulkResult,
-    DocumentResult,
-    NewChunk,
-    Scope,
-    SourceRecord,
-    SourceStatus,
-    SourceType,
-    check_id,
-    check_json,
-    check_text,
-    in_utc,
-)
+from kotonoha_store.records import SCOPE_FIELDS, DocumentResult, NewChunk, Scope, SourceRecord, SourceStatus, SourceType
+from kotonoha_store.search_records import AnyFilters, BulkResult
 from kotonoha_store.source_status import recompute_status
 from kotonoha_store.term_index import TextOfChunk, refresh_terms, rewrite_terms, write_terms
-
-_SCOPE_NAMES: Final = ("guild_id", "channel_id", "thread_id", "user_id")
 
 
 class _Row(NamedTuple):
@@ -49,7 +36,7 @@ class _Row(NamedTuple):
     occurred_to: datetime | None
 
 
-_CHUNK_COLUMNS: Final = ("id", "source_id", *_SCOPE_NAMES, *_Row._fields)
+_CHUNK_COLUMNS: Final = ("id", "source_id", *SCOPE_FIELDS, *_Row._fields)
 
 _SOURCE: Final = (
     KnowledgeSource.id,
@@ -306,7 +293,7 @@ class KnowledgeRepository:
     async def _locked_source(self, source_id: int) -> tuple[str, Scope]:
         """Lock the source as lock_sources() does, and read its title and scope on the way."""
         check_id(source_id, "source_id")
-        columns = [getattr(KnowledgeSource, name) for name in _SCOPE_NAMES]
+        columns = [getattr(KnowledgeSource, name) for name in SCOPE_FIELDS]
         statement = (
             select(KnowledgeSource.title, *columns)
             .where(KnowledgeSource.id == source_id)
@@ -320,7 +307,7 @@ class KnowledgeRepository:
     async def _insert_chunks(self, source_id: int, title: str, scope: Scope, rows: Sequence[_Row]) -> list[int]:
         if not rows:
             return []
-        owner = (source_id, *(getattr(scope, name) for name in _SCOPE_NAMES))
+        owner = (source_id, *(getattr(scope, name) for name in SCOPE_FIELDS))
         ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(rows)})]
         # The statement above has begun the transaction that COPY, being the driver's own, takes part in.
         await ensure_codecs(self._session)
@@ -401,7 +388,7 @@ def _source_values(
 
 def _document_key(type: SourceType, uri: str, scope: Scope) -> bytes:  # noqa: A002  the column's name
     """What makes two additions the same document. The scope belongs to it: no tenant replaces another's."""
-    identity = [str(type), uri, *(getattr(scope, name) for name in _SCOPE_NAMES)]
+    identity = [str(type), uri, *(getattr(scope, name) for name in SCOPE_FIELDS)]
     return hashlib.sha256(dump_json(identity).encode()).digest()
 
 
@@ -497,7 +484,7 @@ def _record(row: AnyRow) -> SourceRecord:
         status=row.status,
         error_code=row.error_code,
         error_message=row.error_message,
-        scope=Scope(*(getattr(row, name) for name in _SCOPE_NAMES)),
+        scope=Scope(*(getattr(row, name) for name in SCOPE_FIELDS)),
         metadata=row.source_metadata,
         created_at=row.created_at,
         updated_at=row.updated_at,

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kotonoha_store.records import Message, SearchHit, SearchResult
+from kotonoha_store.records import Message
+from kotonoha_store.search_records import SearchHit, SearchResult
 from kotonoha_store.tokens import count_tokens
 
 MESSAGES_SHARE: Final = 0.5

@@ -9,10 +9,10 @@ from typing import Any, Final
 import numpy as np
 
 from kotonoha_store import search_statements as statements
+from kotonoha_store.checks import check_count, check_number, check_text
 from kotonoha_store.database import Database, translated_errors
 from kotonoha_store.errors import NotFoundError
 from kotonoha_store.filters import EVERYTHING
-from kotonoha_store.records import check_count, check_number, check_text
 from kotonoha_store.selectivity import ef_search
 
 _LADDER: Final = (40, 100, 200, 400, 1000)

@@ -13,12 +13,14 @@ import numpy as np
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import search_statements as statements
+from kotonoha_store.checks import check_text
 from kotonoha_store.columns import VectorLike, pack_vector
 from kotonoha_store.database import ensure_codecs, translated
 from kotonoha_store.diversity import spread_out
 from kotonoha_store.errors import InvalidInputError, ModelMismatchError
 from kotonoha_store.filters import EVERYTHING as EVERYTHING_SHAPE
-from kotonoha_store.records import (
+from kotonoha_store.records import SourceType
+from kotonoha_store.search_records import (
     AnyFilters,
     Fusion,
     Neighbour,
@@ -26,8 +28,6 @@ from kotonoha_store.records import (
     SearchHit,
     SearchResult,
     SearchTimings,
-    SourceType,
-    check_text,
 )
 from kotonoha_store.search_request import Asked, Match, Options, Words, check_query, check_search
 from kotonoha_store.search_statements import Prepared, WordPlan

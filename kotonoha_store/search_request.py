@@ -4,16 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from kotonoha_store import search_statements as statements
+from kotonoha_store.checks import check_count, check_number, check_text
 from kotonoha_store.errors import InvalidInputError
 from kotonoha_store.filters import EVERYTHING, Shape, parameters, shape
-from kotonoha_store.records import (
-    AnyFilters,
-    CombinedFilters,
-    SearchFilters,
-    check_count,
-    check_number,
-    check_text,
-)
+from kotonoha_store.records import SCOPE_FIELDS
+from kotonoha_store.search_records import AnyFilters, CombinedFilters, SearchFilters
 from kotonoha_store.search_statements import WordPlan, WordsShape
 from kotonoha_store.selectivity import EFFORTS, Effort
 from kotonoha_store.words import WordQuery, lookup, parse_query, scope_terms
@@ -34,8 +29,6 @@ _DIVERSE_POOL: Final = 4
 
 # Of lists and texts in the filters.
 _REMEMBERED_VALUES: Final = 10_000
-
-_SCOPE_FIELDS: Final = ("guild_id", "channel_id", "thread_id", "user_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +74,7 @@ def _all_of(filters: AnyFilters) -> list[AnyFilters]:
 def _scope_of(filters: AnyFilters) -> dict[str, int | None]:
     if isinstance(filters, CombinedFilters):
         return {}
-    return {name: getattr(filters, name) for name in _SCOPE_FIELDS}
+    return {name: getattr(filters, name) for name in SCOPE_FIELDS}
 
 
 @dataclass(frozen=True, slots=True)

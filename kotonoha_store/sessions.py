@@ -9,20 +9,12 @@ from sqlalchemy import ColumnElement, delete, func, literal, or_, select, text, 
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from kotonoha_store.checks import check_id, check_text
 from kotonoha_store.columns import AnyRow, AnySelect
 from kotonoha_store.database import translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError, StaleSessionError
 from kotonoha_store.models import Session
-from kotonoha_store.records import (
-    AppendResult,
-    Message,
-    Scope,
-    SessionRecord,
-    SessionStatus,
-    SessionSummary,
-    check_id,
-    check_text,
-)
+from kotonoha_store.records import AppendResult, Message, Scope, SessionRecord, SessionStatus, SessionSummary
 
 KEY_MAX_BYTES: Final = 2000
 """A B-tree entry must fit a third of an 8 kB page (PostgreSQL, "B-Tree Indexes")."""

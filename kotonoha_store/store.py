@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import migrations
 from kotonoha_store.archiver import SessionArchiver
+from kotonoha_store.checks import check_count, check_text
 from kotonoha_store.chunking import split_text
 from kotonoha_store.columns import VectorLike
 from kotonoha_store.database import Database, translated_errors
@@ -23,20 +24,9 @@ from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoun
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.recall import TOKENS_A_MESSAGE, Recall, assemble
 from kotonoha_store.recall_check import RecallReport, recall_check
-from kotonoha_store.records import (
-    AnyFilters,
-    DocumentResult,
-    Fusion,
-    NewChunk,
-    Scope,
-    SearchFilters,
-    SearchResult,
-    SessionRecord,
-    SourceType,
-    check_count,
-    check_text,
-)
+from kotonoha_store.records import DocumentResult, NewChunk, Scope, SessionRecord, SourceType
 from kotonoha_store.retrieval import SearchRepository
+from kotonoha_store.search_records import AnyFilters, Fusion, SearchFilters, SearchResult
 from kotonoha_store.search_request import Match, check_query, check_search
 from kotonoha_store.selectivity import Effort, Remembered, Selectivity
 from kotonoha_store.sessions import SessionRepository

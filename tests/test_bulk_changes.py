@@ -43,7 +43,7 @@ from kotonoha_store import (
 )
 from kotonoha_store.columns import pack_vector
 from kotonoha_store.filters import conditions, parameters, shape
-from kotonoha_store.records import AnyFilters, BulkResult
+from kotonoha_store.search_records import AnyFilters, BulkResult
 from kotonoha_store.source_status import recompute_status
 from kotonoha_store.term_index import fill_terms
 from kotonoha_store.words import analyse, scope_terms, terms_literal

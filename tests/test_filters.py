@@ -15,9 +15,10 @@ from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import InvalidInputError, KnowledgeChunk, KnowledgeSource, SearchFilters, SourceType, filters
+from kotonoha_store.checks import BIGINT_MAX
 from kotonoha_store.database import driver_connection
 from kotonoha_store.filters import EVERYTHING, NOTHING, Shape, conditions, parameters, shape
-from kotonoha_store.records import BIGINT_MAX, FILTER_MAX_DEPTH, FILTER_MAX_PARTS, AnyFilters, CombinedFilters
+from kotonoha_store.search_records import FILTER_MAX_DEPTH, FILTER_MAX_PARTS, AnyFilters, CombinedFilters
 
 JUNE = datetime(2024, 6, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

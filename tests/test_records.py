@@ -17,16 +17,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kotonoha_store import InvalidInputError, Message, Scope, SearchFilters, SourceType
-from kotonoha_store.records import (
-    BIGINT_MAX,
-    FILTER_MAX_DEPTH,
-    FILTER_MAX_PARTS,
-    JSON_MAX_DEPTH,
-    CombinedFilters,
-    check_json,
-    check_text,
-    in_utc,
-)
+from kotonoha_store.checks import BIGINT_MAX, JSON_MAX_DEPTH, check_json, check_text, in_utc
+from kotonoha_store.search_records import FILTER_MAX_DEPTH, FILTER_MAX_PARTS, CombinedFilters
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -30,7 +30,7 @@ from kotonoha_store import (
     SourceType,
     Store,
 )
-from kotonoha_store.records import AnyFilters
+from kotonoha_store.search_records import AnyFilters
 from kotonoha_store.term_index import fill_terms
 
 __all__ = ["world"]  # a fixture
