@@ -99,6 +99,8 @@ class Session(Base):
     rewrite_version: Mapped[One]
     # last_active_at rounded up to five minutes, so that most appends change no indexed column (HOT).
     archive_due_at: Mapped[Now]
+    # Set by the append that makes the session too long, taken back by the archiver.
+    archive_requested_at: Mapped[Moment]
 
     __table_args__ = (
         CheckConstraint("last_archived_message_index >= 0 AND messages_offset >= 0", name="sessions_counters"),
@@ -106,6 +108,13 @@ class Session(Base):
         Index("idx_sessions_channel_id", "channel_id"),
         # sessions due for archiving, the longest quiet first
         Index("idx_sessions_archive_candidates", "archive_due_at", "id", postgresql_where=text("status = 'active'")),
+        # sessions in use that have grown too long
+        Index(
+            "idx_sessions_archive_requested",
+            "archive_requested_at",
+            "id",
+            postgresql_where=text("archive_requested_at IS NOT NULL"),
+        ),
     )
 
 
@@ -208,6 +217,13 @@ class KnowledgeChunk(Base):
         ),
         # whether a source has chunks that wait
         Index("idx_chunks_queue", "source_id", "id", postgresql_where=text("embedding IS NULL")),
+        # vectors of the same text, which need not be paid for again
+        Index(
+            "idx_chunks_content_hash",
+            "content_hash",
+            "embedding_model",
+            postgresql_where=text("embedding IS NOT NULL"),
+        ),
         # searches within a scope
         Index("idx_chunks_guild_id", "guild_id", postgresql_where=text("guild_id IS NOT NULL")),
         Index("idx_chunks_channel_id", "channel_id", postgresql_where=text("channel_id IS NOT NULL")),
@@ -291,6 +307,8 @@ class KnowledgeChunkDeadLetter(Base):
     occurred_from: Mapped[Moment]
     occurred_to: Mapped[Moment]
     chunk_created_at: Mapped[Moment]
+    # Earlier deaths, the oldest first: code, attempts, model, when it was buried and queued again.
+    history: Mapped[list[dict[str, Any]]] = mapped_column(_JSON, server_default=_EMPTY_ARRAY)
 
     __table_args__ = (
         # whether a source has dead letters
@@ -316,11 +334,26 @@ class EmbeddingJob(Base):
     attempts: Mapped[Zero]
     error_code: Mapped[OptionalText]
     created_at: Mapped[Now]
+    # Of a chunk that was a dead letter: see there.
+    history: Mapped[list[dict[str, Any]] | None] = mapped_column(_JSON)
 
     __table_args__ = (
         # the claim: due jobs, the longest due first
         Index("idx_embedding_jobs_available_at", "available_at", "chunk_id"),
     )
+
+
+class EmbeddingPause(Base):
+    """A provider that is left alone for a while, by all workers."""
+
+    __tablename__ = "embedding_pauses"
+
+    provider: Mapped[str] = mapped_column(Text, primary_key=True)
+    paused_until: Mapped[Now]
+    # Failed calls since the last one that succeeded.
+    failures: Mapped[Zero]
+    error_code: Mapped[OptionalText]
+    updated_at: Mapped[Now]
 
 
 TOUCH_FUNCTION: Final = """\
@@ -337,6 +370,23 @@ TOUCH_TRIGGER: Final = """\
 CREATE OR REPLACE TRIGGER trg_sources_touch_updated_at
 BEFORE UPDATE ON knowledge_sources
 FOR EACH ROW EXECUTE FUNCTION kotonoha_touch_updated_at()"""
+
+
+# PostgreSQL sends equal notifications of one transaction once.
+NOTIFY_FUNCTION: Final = """\
+CREATE OR REPLACE FUNCTION kotonoha_notify_jobs() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    NOTIFY kotonoha_embedding_jobs;
+    RETURN NULL;
+END
+$$"""
+
+NOTIFY_TRIGGER: Final = """\
+CREATE OR REPLACE TRIGGER trg_jobs_notify
+AFTER INSERT ON embedding_jobs
+FOR EACH STATEMENT EXECUTE FUNCTION kotonoha_notify_jobs()"""
 
 
 # By its owner's right, since only that one may merge. Counted again when there are half as many chunks more, by
@@ -417,6 +467,14 @@ DO $$ BEGIN EXECUTE format(
 # Uncompressed: a search reads the terms of its best candidates.
 TERMS_STORAGE: Final = "ALTER TABLE chunk_terms ALTER COLUMN terms SET STORAGE EXTERNAL"
 
+# Each append reads and writes the whole array; lz4 does both in a fraction of pglz's time.
+MESSAGES_COMPRESSION: Final = """\
+DO $$ BEGIN
+    ALTER TABLE sessions ALTER COLUMN messages SET COMPRESSION lz4;
+EXCEPTION WHEN feature_not_supported THEN
+    NULL;
+END $$"""
+
 # In the row itself and not beside it: an exact scan reads one page where it read two or three.
 VECTOR_STORAGE: Final = "ALTER TABLE knowledge_chunks ALTER COLUMN embedding SET STORAGE PLAIN"
 
@@ -431,6 +489,9 @@ def _create_extension(_: MetaData, connection: Connection, **__: Any) -> None:
 def _finish(_: MetaData, connection: Connection, **__: Any) -> None:
     connection.exec_driver_sql(TOUCH_FUNCTION)
     connection.exec_driver_sql(TOUCH_TRIGGER)
+    connection.exec_driver_sql(NOTIFY_FUNCTION)
+    connection.exec_driver_sql(NOTIFY_TRIGGER)
+    connection.exec_driver_sql(MESSAGES_COMPRESSION)
     connection.exec_driver_sql(VECTOR_STORAGE)
     connection.exec_driver_sql(TERMS_STORAGE)
     connection.exec_driver_sql(REFRESH_TERMS_FUNCTION)

@@ -76,6 +76,15 @@ class Settings(BaseSettings):
     kb_embedding_max_concurrent: Count = 5
     kb_embedding_interval_minutes: Annotated[float, Field(gt=0, le=60_000_000)] = 1.0
     kb_embedding_lease_seconds: Seconds = 300.0
+    # Of one request to the provider. OpenAI, "Create embeddings": at most 300,000 tokens over all inputs.
+    kb_embedding_request_tokens: Count = 300_000
+    # Whether a text that has a vector of the same model already gets that one instead of paying again.
+    kb_embedding_reuse: bool = True
+
+    # Whether long-running loops are woken by LISTEN; off, or behind a transaction pooler, they only poll.
+    kb_listen: bool = True
+    # How long running work may go on after a stop was asked for.
+    kb_drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 30.0
 
     kb_chunk_max_tokens: Annotated[int, Field(ge=16, le=8191)] = 4000
     kb_chunk_overlap_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
@@ -86,6 +95,8 @@ class Settings(BaseSettings):
     kb_archive_batch_size: Count = 10
     kb_archive_interval_hours: Annotated[Hours, Field(gt=0)] = 1.0
     kb_archive_overlap_messages: Size = 5
+    # From how many messages on a session is archived while it is in use.
+    kb_archive_max_messages: Annotated[int, Field(ge=2, lt=2**31)] = 50
     kb_min_session_length: Size = 30
 
     kb_chat_chunk_strategy: Literal["message_based", "token_based"] = "message_based"
@@ -127,6 +138,8 @@ class Settings(BaseSettings):
             raise ValueError("KB_HNSW_EF_CONSTRUCTION must be at least twice KB_HNSW_M")
         if self.kb_chat_chunk_overlap_messages >= self.kb_chat_chunk_size_messages:
             raise ValueError("KB_CHAT_CHUNK_OVERLAP_MESSAGES must be less than KB_CHAT_CHUNK_SIZE_MESSAGES")
+        if self.kb_archive_max_messages <= self.kb_archive_overlap_messages:
+            raise ValueError("KB_ARCHIVE_MAX_MESSAGES must be more than KB_ARCHIVE_OVERLAP_MESSAGES")
         return self
 
     @property

@@ -43,7 +43,7 @@ from kotonoha_store.term_index import fill_terms
 from kotonoha_store.words import analyse, scope_terms
 
 CHECKOUT = Path(__file__).parent.parent
-HEAD = "0003"
+HEAD = "0004"
 VECTOR = "[" + ",".join(["0.5"] * 1536) + "]"
 
 # What the first design let in. Ids are given, so that the tests can name the rows.
