@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, ParamSpec, Self, TypeAlias, TypeVar
@@ -21,7 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.util.concurrency import greenlet_spawn
 
-from kotonoha_store import embedded
+from kotonoha_store import embedded, metrics
 from kotonoha_store.checks import check_json
 from kotonoha_store.columns import pack_vector, unpack_vector
 from kotonoha_store.errors import (
@@ -205,6 +206,7 @@ class Database:
             pool_max_size=pool_max_size,
             pool_timeout=pool_timeout,
         )
+        metrics.watch_pool(self.engine)
         # Closed for good: a statement after its block would begin a transaction that nobody commits.
         self.session_factory = async_sessionmaker(self.engine, expire_on_commit=False, close_resets_only=False)
         self._closed = False
@@ -256,14 +258,28 @@ class Database:
             wait_max=3.0,
         ):
             with attempt:
-                try:
-                    return await asyncpg.connect(**self._arguments)
-                except _UNUSABLE_PARAMETER as error:
-                    raise ConfigurationError(
-                        "DATABASE_URL has a parameter (after the ?) that the driver or the server refuses "
-                        f"({type(error).__name__}); correct or remove it"
-                    ) from error
+                return await self._connect_once()
         raise AssertionError("stamina leaves its loop by return or raise")
+
+    async def _connect_once(self) -> Any:
+        try:
+            return await asyncpg.connect(**self._arguments)
+        except _UNUSABLE_PARAMETER as error:
+            raise ConfigurationError(
+                "DATABASE_URL has a parameter (after the ?) that the driver or the server refuses "
+                f"({type(error).__name__}); correct or remove it"
+            ) from error
+
+    async def connect_apart(self) -> Any:
+        """Make a driver's connection outside the pool, in one try; the caller closes it.
+
+        Raises:
+            StoreUnavailableError: it could not be made now.
+            StoreError: this database was closed, or can never be reached so.
+        """
+        self._refuse_if_closed()
+        with translated_errors():
+            return await self._connect_once()
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
@@ -310,10 +326,13 @@ class Database:
         self._refuse_if_closed()
         with translated_errors():
             pooled = await self.engine.raw_connection()
+        driver: Any = pooled.driver_connection
         try:
-            yield pooled.driver_connection
+            yield driver
         finally:
-            await greenlet_spawn(pooled.close)
+            # A second cancellation can leave a transaction open, which the pool would hand to the next one.
+            is_clean = driver.is_closed() or not driver.is_in_transaction()
+            await greenlet_spawn(pooled.close if is_clean else pooled.invalidate)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -538,11 +557,21 @@ def translated_errors() -> Iterator[None]:
 
 
 def translated(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """Decorate a coroutine that talks to the database and nothing else: see :func:`translated_errors`."""
+    """Decorate a coroutine that talks to the database and nothing else: see :func:`translated_errors`.
+
+    Its duration is observed as ``db_query_duration_seconds{query_type="<module>.<method>"}``, failed calls included.
+    """
+    module = method.__module__.rpartition(".")[2]
+    # Once, since looking a label up costs more than observing.
+    duration = metrics.QUERY_SECONDS.labels(query_type=f"{module}.{method.__name__.lstrip('_')}")
 
     @functools.wraps(method)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with translated_errors():
-            return await method(*args, **kwargs)
+        started = time.perf_counter()
+        try:
+            with translated_errors():
+                return await method(*args, **kwargs)
+        finally:
+            duration.observe(time.perf_counter() - started)
 
     return wrapper
