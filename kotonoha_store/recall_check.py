@@ -13,6 +13,7 @@ from kotonoha_store.checks import check_count, check_number, check_text
 from kotonoha_store.database import Database, translated_errors
 from kotonoha_store.errors import NotFoundError
 from kotonoha_store.filters import EVERYTHING
+from kotonoha_store.prepared import Prepared
 from kotonoha_store.selectivity import ef_search
 
 _LADDER: Final = (40, 100, 200, 400, 1000)
@@ -115,8 +116,6 @@ async def _sample(driver: Any, model: str, count: int) -> list[Any]:
     return [row for row in rows if np.any(row[1])]
 
 
-async def _similarities(
-    driver: Any, prepared: statements.Prepared, values: dict[str, Any], without: int
-) -> Sequence[float]:
+async def _similarities(driver: Any, prepared: Prepared, values: dict[str, Any], without: int) -> Sequence[float]:
     rows = await driver.fetch(prepared.sql, *prepared.arguments(values))
     return [row[_SIMILARITY] for row in rows if row[_ID] != without and not isnan(row[_SIMILARITY])]

@@ -19,6 +19,7 @@ from kotonoha_store.database import ensure_codecs, translated
 from kotonoha_store.diversity import spread_out
 from kotonoha_store.errors import InvalidInputError, ModelMismatchError
 from kotonoha_store.filters import EVERYTHING as EVERYTHING_SHAPE
+from kotonoha_store.prepared import Prepared
 from kotonoha_store.records import SourceType
 from kotonoha_store.search_records import (
     AnyFilters,
@@ -30,7 +31,7 @@ from kotonoha_store.search_records import (
     SearchTimings,
 )
 from kotonoha_store.search_request import Asked, Match, Options, Words, check_query, check_search
-from kotonoha_store.search_statements import Prepared, WordPlan
+from kotonoha_store.search_statements import WordPlan
 from kotonoha_store.selectivity import (
     EVERYTHING,
     EXACT,

@@ -1,10 +1,9 @@
 """The statements of a search, compiled once for each shape of filter.
 
-Every function returns a :class:`Prepared`: SQL as asyncpg takes it, and the order of its arguments. A search
-is one statement, and so one round trip; settings of the index that it needs are made inside of it.
+A search is one statement, and so one round trip; settings of the index that it needs are made inside of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Final, Literal
@@ -40,7 +39,7 @@ from sqlalchemy import (
     true,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR, asyncpg
+from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql.visitors import replacement_traverse
 
@@ -48,6 +47,7 @@ from kotonoha_store import filters as filter_conditions
 from kotonoha_store.columns import AnySelect, HalfVector
 from kotonoha_store.filters import Shape
 from kotonoha_store.models import ChunkTerms, KnowledgeChunk, KnowledgeSource, TermFrequency
+from kotonoha_store.prepared import Prepared, prepare
 
 VectorPlan = Literal["exact", "index"]
 WordPlan = Literal["any", "required", "scan"]
@@ -115,33 +115,6 @@ class WordsShape:
     phrases: bool = False
     is_ranked: bool = False
     is_guessed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A statement for the driver.
-
-    Attributes:
-        sql: with ``$1`` ... as parameters.
-        names: whose values these are, in order.
-        constants: of those that no search changes.
-    """
-
-    sql: str
-    names: tuple[str, ...]
-    constants: Mapping[str, Any]
-
-    def arguments(self, values: Mapping[str, Any]) -> list[Any]:
-        """The values in the order of the statement's parameters."""
-        return [values[name] if name in values else self.constants[name] for name in self.names]
-
-
-def prepare(statement: Any) -> Prepared:
-    """Compile a statement for asyncpg."""
-    compiled = statement.compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]  # untyped there
-    names = tuple(compiled.positiontup or ())
-    constants = {name: compiled.binds[name].value for name in names if not compiled.binds[name].required}
-    return Prepared(str(compiled), names, constants)
 
 
 @lru_cache(maxsize=_CACHED_SHAPES)

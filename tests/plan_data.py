@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from kotonoha_store import Database, Scope
 from kotonoha_store.columns import pack_vectors
 from kotonoha_store.database import driver_connection, ensure_codecs
-from kotonoha_store.search_statements import Prepared
+from kotonoha_store.prepared import Prepared
 from kotonoha_store.term_index import TextOfChunk, write_terms
 
 CHUNKS = 20_000

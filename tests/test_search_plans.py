@@ -14,9 +14,10 @@ from sqlalchemy import URL
 
 from kotonoha_store import SearchFilters, SourceType
 from kotonoha_store import search_statements as statements
+from kotonoha_store.prepared import Prepared
 from kotonoha_store.search_records import AnyFilters
 from kotonoha_store.search_request import Asked, Match, Words
-from kotonoha_store.search_statements import Prepared, VectorPlan, WordPlan
+from kotonoha_store.search_statements import VectorPlan, WordPlan
 
 EVERYTHING = SearchFilters()
 HALF = SearchFilters(guild_id=0)
