@@ -105,6 +105,8 @@ async def _see_through(
             )
     except asyncio.CancelledError:
         await _cancel(task, name, max(drain, _CLEAN_UP))
+        if task.done() and not task.cancelled() and (failure := task.exception()) is not None:
+            log_event(logger, logging.ERROR, "service_clean_up_failed", loop=name, error=type(failure).__name__)
         raise
     finally:
         stopped.cancel()
