@@ -48,9 +48,11 @@ from kotonoha_store.records import (
     ClaimedChunk,
     DeadLetter,
     DocumentResult,
+    EmbeddingReport,
     Lease,
     Message,
     NewChunk,
+    ProviderPause,
     QueueDepth,
     Scope,
     SessionRecord,
@@ -75,7 +77,7 @@ from kotonoha_store.search_records import (
 from kotonoha_store.sessions import SessionRepository
 from kotonoha_store.settings import Settings
 from kotonoha_store.store import Store, UnitOfWork
-from kotonoha_store.worker import EmbeddingReport, EmbeddingWorker
+from kotonoha_store.worker import EmbeddingWorker
 
 __all__ = [
     "EMBEDDING_DIMENSION",
@@ -120,6 +122,7 @@ __all__ = [
     "NewChunk",
     "NotFoundError",
     "OpenAIEmbedder",
+    "ProviderPause",
     "QueueDepth",
     "RateLimitedError",
     "Recall",

@@ -7,7 +7,7 @@ frozen, slotted dataclass.
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Final, Self
 from uuid import UUID
@@ -324,12 +324,14 @@ class Lease:
 
     Attributes:
         buried: chunks that had used up their attempts and became dead letters instead of being claimed.
+        provider_has_failed: whether failed calls of the provider are on record.
     """
 
     token: UUID
     chunks: tuple[ClaimedChunk, ...]
     expires_at: datetime | None
     buried: tuple[int, ...] = ()
+    provider_has_failed: bool = False
 
     @property
     def chunk_ids(self) -> tuple[int, ...]:
@@ -337,25 +339,88 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingReport:
+    """What became of the chunks that were claimed.
+
+    Attributes:
+        embedded: have their vector now.
+        reused: those of ``embedded`` whose text had one already, or came twice: nothing was paid for them.
+        deferred: put off without a fault of theirs, to be tried again later.
+        failed: put off after a failed attempt.
+        buried: now dead letters.
+        lost: given to another worker meanwhile; its result counts.
+    """
+
+    claimed: int = 0
+    embedded: int = 0
+    reused: int = 0
+    deferred: int = 0
+    failed: int = 0
+    buried: int = 0
+    lost: int = 0
+
+    def __add__(self, other: "EmbeddingReport") -> "EmbeddingReport":
+        return EmbeddingReport(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A chunk that could not be embedded, with all it needs to be queued again."""
+    """A chunk that could not be embedded, with all it needs to be queued again.
+
+    Attributes:
+        retry_count: how many attempts it had.
+        created_at: when it was buried.
+        last_retry_at: when it was last queued again before that.
+        history: its earlier deaths, the oldest first, at most 20: ``error_code``, ``error_message``,
+            ``retry_count``, ``embedding_model``, ``buried_at``, ``requeued_at``.
+    """
 
     id: int
     original_chunk_id: int | None
     source_id: int | None
     source_title: str | None
+    source_type: SourceType | None
     content: str
+    location: dict[str, Any]
+    token_count: int | None
+    scope: Scope
+    occurred_from: datetime | None
+    occurred_to: datetime | None
     error_code: ErrorCode | str | None
     error_message: str | None
     retry_count: int
+    embedding_model: str | None
     created_at: datetime
+    last_retry_at: datetime | None
+    history: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class QueueDepth:
-    """How the queue stands: ready to claim, leased or deferred, dead; age of the oldest job in seconds."""
+    """How the queue stands: ready to claim, leased or put off, dead; age of the oldest job in seconds.
+
+    Attributes:
+        leased: those of ``waiting`` that a worker holds.
+    """
 
     ready: int
     waiting: int
+    leased: int
     dead: int
     oldest_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderPause:
+    """A provider that is left alone, or has failed lately.
+
+    Attributes:
+        remaining: how long no worker claims for it.
+        failures: calls that failed in a row; from 3 on it is asked for a single word before anything is claimed.
+        error_code: of the last failure.
+    """
+
+    provider: str
+    remaining: timedelta
+    failures: int
+    error_code: ErrorCode | str | None

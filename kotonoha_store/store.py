@@ -171,7 +171,15 @@ class Store:
         Raises:
             ConfigurationError: there is no embedder.
         """
-        return EmbeddingWorker(self.queue, self.embedder, batch_size=self.settings.kb_embedding_batch_size)
+        settings = self.settings
+        return EmbeddingWorker(
+            self.queue,
+            self.embedder,
+            batch_size=settings.kb_embedding_batch_size,
+            concurrency=settings.kb_embedding_max_concurrent,
+            request_tokens=settings.kb_embedding_request_tokens,
+            reuse=settings.kb_embedding_reuse,
+        )
 
     @cached_property
     def archiver(self) -> SessionArchiver:

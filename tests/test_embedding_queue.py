@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+from asyncpg.transaction import Transaction
 from conftest import settings_for
 from numpy.typing import NDArray
 from sqlalchemy import URL, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from kotonoha_store import (
     Database,
@@ -343,7 +343,8 @@ async def test_a_worker_that_lost_its_lease_changes_nothing(
     await expire(database)
     # Its attempts stay below the limit, so that it is not buried.
     await sql(database, "UPDATE embedding_jobs SET attempts = 0")
-    await EmbeddingQueue(database).claim()
+    for _ in ids:
+        await EmbeddingQueue(database).claim()
     before = await everything(database)
 
     with pytest.raises(LeaseLostError) as raised:
@@ -679,12 +680,12 @@ async def test_two_that_finish_a_source_together_leave_it_completed(
     recompute = embedding_queue.recompute_status
     both_have_written = asyncio.Barrier(2)
 
-    async def together(session: AsyncSession, source_ids: Sequence[int]) -> None:
+    async def together(driver: Any, source_ids: Sequence[int]) -> None:
         # With the lock nobody else comes here: the other waits for the source.
         with suppress(TimeoutError):
             async with asyncio.timeout(0.5):
                 await both_have_written.wait()
-        await recompute(session, source_ids)
+        await recompute(driver, source_ids)
         await asyncio.sleep(0.5)
 
     async def no_lock(*_: object) -> None:
@@ -717,10 +718,10 @@ async def test_a_source_deleted_in_the_middle_of_a_write_waits_for_it(
     async def no_lock(*_: object) -> None:
         pass
 
-    async def meanwhile(session: AsyncSession, source_ids: Sequence[int]) -> None:
+    async def meanwhile(driver: Any, source_ids: Sequence[int]) -> None:
         deleting.append(asyncio.create_task(delete_source(database, source_id)))
         await asyncio.sleep(0.3)
-        await recompute(session, source_ids)
+        await recompute(driver, source_ids)
 
     monkeypatch.setattr(embedding_queue, "recompute_status", meanwhile)
     if not locked:
@@ -765,8 +766,8 @@ async def test_a_backend_killed_in_the_middle_leaves_nothing_half_written(
     lease = await queue.claim()
     recompute = embedding_queue.recompute_status
 
-    async def killed(session: AsyncSession, source_ids: Sequence[int]) -> None:
-        await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+    async def killed(driver: Any, source_ids: Sequence[int]) -> None:
+        await driver.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
     monkeypatch.setattr(embedding_queue, "recompute_status", killed)
     for write in (complete, WRITES["bury"]):
@@ -786,16 +787,16 @@ async def test_an_answer_lost_after_the_commit_can_be_asked_for_again(
 ) -> None:
     source_id, ids = await add(database, "a")
     lease = await queue.claim()
-    commit = AsyncConnection.commit
+    commit = Transaction._Transaction__commit
 
-    async def lost_answer(session: AsyncConnection) -> None:
-        await commit(session)
+    async def lost_answer(transaction: Transaction) -> None:
+        await commit(transaction)
         raise ConnectionResetError
 
-    monkeypatch.setattr(AsyncConnection, "commit", lost_answer)
+    monkeypatch.setattr(Transaction, "_Transaction__commit", lost_answer)
     with pytest.raises(StoreUnavailableError):
         await complete(queue, lease, ids)
-    monkeypatch.setattr(AsyncConnection, "commit", commit)
+    monkeypatch.setattr(Transaction, "_Transaction__commit", commit)
     before = await everything(database)
     with pytest.raises(LeaseLostError):
         await complete(queue, lease, ids)

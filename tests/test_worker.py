@@ -49,7 +49,7 @@ from kotonoha_store import (
     StoreUnavailableError,
     UnembeddableTextError,
 )
-from kotonoha_store.worker import BACKOFF, RATE_LIMIT_DELAY, RATE_LIMIT_DELAY_MAX
+from kotonoha_store.embedding_batch import BACKOFF, RATE_LIMIT_DELAY, RATE_LIMIT_DELAY_MAX
 
 AT_ONCE = (timedelta(0),)
 
