@@ -2,34 +2,30 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal
+from datetime import timedelta
+from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy import ColumnElement, func, null, select, text, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from kotonoha_store import metrics
+from kotonoha_store.archive_pieces import Pieces, Rules, Snapshot, channel_url, lock_key, make_pieces
+from kotonoha_store.archive_restore import RestoredSession, restore_source
 from kotonoha_store.checks import check_id
-from kotonoha_store.chunking import ChatPiece, chunk_messages
 from kotonoha_store.columns import AnyRow, AnySelect
 from kotonoha_store.database import Database, translated
-from kotonoha_store.errors import (
-    InvalidInputError,
-    NotFoundError,
-    StaleSessionError,
-    StoreTimeoutError,
-    StoreUnavailableError,
-)
+from kotonoha_store.errors import InvalidInputError, NotFoundError, StoreTimeoutError, StoreUnavailableError
+from kotonoha_store.events import log_event
 from kotonoha_store.knowledge import KnowledgeRepository
-from kotonoha_store.models import Session
-from kotonoha_store.records import Message, NewChunk, Scope, SessionStatus, SourceType
-from kotonoha_store.sessions import DueSession, SessionRepository
-
-TITLE_LENGTH: Final = 50
-DEFAULT_TITLE: Final = "Discord Session"
-_CONFLICT_ATTEMPTS: Final = 5
+from kotonoha_store.models import KnowledgeSource, Session
+from kotonoha_store.records import Scope, SessionStatus, SourceStatus, SourceType
+from kotonoha_store.service_loop import run_service
+from kotonoha_store.sessions import DueSession, RequestedSession, SessionRepository, request_archiving
+from kotonoha_store.wakeup import ARCHIVE_CHANNEL, Listener
 
 logger = logging.getLogger(__name__)
 
@@ -68,34 +64,16 @@ class ArchiveReport:
     failed: tuple[tuple[int, Exception], ...] = field(default=())
 
 
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """A session as it was read: what is archived, whatever is appended meanwhile."""
-
-    id: int
-    session_key: str
-    session_type: str
-    scope: Scope
-    stored: Sequence[Any]
-    offset: int
-    archived: int
-    rewrite_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """What a snapshot becomes."""
-
-    chunks: Sequence[NewChunk]
-    title: str
-    metadata: dict[str, Any]
-
-
 class SessionArchiver:
-    """Turns quiet sessions into sources and chunks, one transaction each.
+    """Turns sessions into sources and chunks, one transaction each.
 
-    Several archivers may run at once, beside writers: a message is archived exactly once. Appends
-    during the archive stay in the session; any other change makes it start over on a fresh read.
+    A quiet session is archived wholly. One in use that has grown too long is archived up to a settled point
+    and stays active, so that it stays short; then also what is not worth searching becomes a source, without chunks
+    if it is blank.
+
+    Several archivers may run at once, beside writers: each session is taken by one of them, a message is archived
+    exactly once. What is appended during the archive stays in the session and is archived with the next messages,
+    also where it was said earlier. A session saved meanwhile is read again, one deleted meanwhile passed over.
     """
 
     def __init__(
@@ -105,6 +83,7 @@ class SessionArchiver:
         idle_for: timedelta = timedelta(hours=1),
         batch_size: int = 10,
         overlap_messages: int = 5,
+        max_messages: int = 50,
         min_session_length: int = 30,
         concurrency: int = 5,
         strategy: Literal["message_based", "token_based"] = "message_based",
@@ -113,13 +92,20 @@ class SessionArchiver:
         chunk_max_tokens: int = 4000,
         chunk_overlap_ratio: float = 0.2,
         insert_batch_size: int = 100,
+        interval: timedelta = timedelta(hours=1),
+        listen: bool = True,
+        drain: timedelta = timedelta(seconds=30),
     ) -> None:
         """
         Args:
             idle_for: how long a session must have been quiet.
             overlap_messages: how many archived messages stay in the session as context.
+            max_messages: how long a session in use may grow; more than ``overlap_messages``.
             min_session_length: characters below which a session is not worth a source.
             concurrency: sessions archived at once; each holds a connection.
+            interval: how often :meth:`run` looks for quiet sessions.
+            listen: whether :meth:`run` is woken by sessions that grow too long; not through a transaction pooler.
+            drain: how long :meth:`run` finishes what it has in hand when it is stopped.
 
         Raises:
             InvalidInputError: a size or number is out of its range.
@@ -127,6 +113,7 @@ class SessionArchiver:
         least = {
             "batch_size": (batch_size, 1),
             "overlap_messages": (overlap_messages, 0),
+            "max_messages": (max_messages, overlap_messages + 1),
             "concurrency": (concurrency, 1),
             "insert_batch_size": (insert_batch_size, 1),
         }
@@ -136,23 +123,30 @@ class SessionArchiver:
         self._database = database
         self._idle_for = idle_for
         self._batch_size = batch_size
-        self._overlap_messages = overlap_messages
-        self._min_session_length = min_session_length
         self._insert_batch_size = insert_batch_size
         self._concurrency = concurrency
-        self._chunk_overlap = chunk_overlap_messages
-        self._chunk_options: dict[str, Any] = {
-            "strategy": strategy,
-            "size": chunk_size_messages,
-            "overlap": chunk_overlap_messages,
-            "max_tokens": chunk_max_tokens,
-            "overlap_ratio": chunk_overlap_ratio,
-        }
+        self._interval = interval
+        self._listen = listen
+        self._drain = drain
+        self._rules = Rules(
+            overlap=overlap_messages,
+            max_messages=max_messages,
+            min_length=min_session_length,
+            chunk_overlap=chunk_overlap_messages,
+            chunk_options={
+                "strategy": strategy,
+                "size": chunk_size_messages,
+                "overlap": chunk_overlap_messages,
+                "max_tokens": chunk_max_tokens,
+                "overlap_ratio": chunk_overlap_ratio,
+            },
+        )
 
     async def run_once(self, idle_for: timedelta | None = None) -> ArchiveReport:
-        """Archive every session that is due now, in batches.
+        """Archive every session that is due now, in batches: the quiet ones, then those in use that are too long.
 
-        A session that fails is left as it was, named in the report, and does not stop the others.
+        What another archiver has in hand is passed over. A session that fails is left as it was, named in the
+        report, and does not stop the others.
 
         Args:
             idle_for: instead of the one given at construction; zero archives all active sessions.
@@ -164,122 +158,230 @@ class SessionArchiver:
         idle_for = self._idle_for if idle_for is None else idle_for
         if not isinstance(idle_for, timedelta) or idle_for < timedelta(0):
             raise InvalidInputError(f"idle_for must be a timedelta and not negative, got {idle_for!r}")
-        limit = asyncio.Semaphore(self._concurrency)
-        done: list[ArchivedSession | None] = []
-        failed: list[tuple[int, Exception]] = []
-        cursor: DueSession | None = None
-        while True:
-            async with self._database.begin() as session:
-                due = await SessionRepository(session).due_for_archiving(idle_for, limit=self._batch_size, after=cursor)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._guarded(entry.id, limit, failed)) for entry in due]
-            except ExceptionGroup as errors:
-                # The first is why the others were cancelled.
-                raise errors.exceptions[0] from errors.exceptions[0].__cause__
-            done.extend(task.result() for task in tasks)
-            if len(due) < self._batch_size:
-                break
-            cursor = due[-1]
-        changed = [entry for entry in done if entry is not None]
-        return ArchiveReport(
-            archived=sum(entry.source_id is not None for entry in changed),
-            skipped=sum(entry.source_id is None for entry in changed),
-            messages=sum(entry.messages for entry in changed),
-            chunks=sum(entry.chunks for entry in changed),
-            failed=tuple(failed),
-        )
+        return await self._pass(idle_for)
 
-    @translated
+    async def run(self, stop: asyncio.Event | None = None) -> None:
+        """Archive until ``stop`` is set: on the interval all that is due, and at once what has grown too long.
+
+        Then no new session is begun, and what is in hand is finished, or undone when the limit for that is over.
+        While the database does not answer it is tried again, each time after a longer wait. A session that
+        failed is tried again with the next interval. Without LISTEN all is done on the interval.
+
+        Args:
+            stop: where none is given, cancel the task; what is in hand is undone then.
+        """
+        stop = stop or asyncio.Event()
+        failed: set[int] = set()
+        due = time.monotonic()
+
+        async def work(woken: bool) -> timedelta:
+            nonlocal due
+            # Notifications may come more often than the interval ends.
+            is_whole = not woken or time.monotonic() >= due
+            if is_whole:
+                failed.clear()
+            report = await self._pass(self._idle_for if is_whole else None, stop=stop, skip=failed)
+            failed.update(session_id for session_id, _ in report.failed)
+            if is_whole:
+                due = time.monotonic() + self._interval.total_seconds()
+            return timedelta(seconds=due - time.monotonic())
+
+        async with Listener(self._database, ARCHIVE_CHANNEL, enabled=self._listen) as listener:
+            await run_service(
+                work, name="archiver", listener=listener, interval=self._interval, stop=stop, drain=self._drain
+            )
+
     async def archive(self, session_id: int) -> ArchivedSession | None:
-        """Archive one session now, quiet or not; None if it is archived already.
+        """Archive one session now, quiet or not; None if it is archived already or another archiver has it in hand.
 
         Raises:
             NotFoundError: the session is gone.
-            StaleSessionError: the session was rewritten each time it was tried.
             StoreUnavailableError: the database did not answer.
         """
         check_id(session_id, "session_id")
-        for _ in range(_CONFLICT_ATTEMPTS):
-            async with self._database.begin() as session:
-                row = (await session.execute(_snapshot(session_id))).one_or_none()
-            if row is None:
-                raise NotFoundError(f"session {session_id} is gone; nothing was archived")
-            snapshot = _read(row)
-            if row.status is SessionStatus.ARCHIVED:
-                return None
-            # Off the event loop, and before the lock: reading and splitting long sessions is work.
-            prepared = await asyncio.to_thread(self._prepare, snapshot)
-            async with self._database.begin() as session:
-                locked = (await session.execute(_lock(session_id))).one_or_none()
-                if locked is not None and locked.rewrite_version == snapshot.rewrite_version:
-                    return await self._write(session, snapshot, prepared, locked.length)
-        raise StaleSessionError(
-            f"session {session_id} was rewritten {_CONFLICT_ATTEMPTS} times while it was being archived; try later"
-        )
+        return await self._archive(session_id, is_in_use=False)
 
-    async def _guarded(
-        self, session_id: int, limit: asyncio.Semaphore, failed: list[tuple[int, Exception]]
-    ) -> ArchivedSession | None:
-        async with limit:
+    @translated
+    async def restore(self, source_id: int, *, session_key: str | None = None) -> RestoredSession:
+        """Put the messages of an archived session back into it and delete the source; see :func:`restore_source`.
+
+        The newest source of a session first, then the one before. A session that was deleted is made again.
+
+        Args:
+            session_key: for a session that was deleted: its new key, where the old one is taken.
+
+        Raises:
+            NotFoundError: there is no such source (any more).
+            InvalidInputError: the source is no archived session or has no messages, others must be restored
+                before it, or the session's key is taken.
+            StoreUnavailableError: the database did not answer.
+        """
+        async with self._database.begin() as session:
+            return await restore_source(session, source_id, session_key=session_key, overlap=self._rules.overlap)
+
+    async def _pass(
+        self, idle_for: timedelta | None, *, stop: asyncio.Event | None = None, skip: Collection[int] = ()
+    ) -> ArchiveReport:
+        """Archive what is due; with None as ``idle_for`` only what has grown too long."""
+        batch = _Batch(asyncio.Semaphore(self._concurrency), stop or asyncio.Event(), set(skip))
+        if idle_for is not None:
+            quiet: DueSession | None = None
+            while not batch.stop.is_set():
+                async with self._database.begin() as session:
+                    due = await SessionRepository(session).due_for_archiving(
+                        idle_for, limit=self._batch_size, after=quiet
+                    )
+                await self._each([entry.id for entry in due], batch, is_in_use=False)
+                if len(due) < self._batch_size:
+                    break
+                quiet = due[-1]
+        too_long: RequestedSession | None = None
+        while not batch.stop.is_set():
+            async with self._database.begin() as session:
+                requested = await SessionRepository(session).requested_for_archiving(
+                    limit=self._batch_size, after=too_long
+                )
+            await self._each([entry.id for entry in requested], batch, is_in_use=True)
+            if len(requested) < self._batch_size:
+                break
+            too_long = requested[-1]
+        return batch.report()
+
+    async def _each(self, session_ids: Sequence[int], batch: "_Batch", *, is_in_use: bool) -> None:
+        # Each once in a pass: what has failed would fail again, and what keeps growing would keep the pass from ending.
+        new = [session_id for session_id in session_ids if session_id not in batch.seen]
+        batch.seen.update(new)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for session_id in new:
+                    group.create_task(self._guarded(session_id, batch, is_in_use=is_in_use))
+        except ExceptionGroup as errors:
+            # The first is why the others were cancelled.
+            raise errors.exceptions[0] from errors.exceptions[0].__cause__
+
+    async def _guarded(self, session_id: int, batch: "_Batch", *, is_in_use: bool) -> None:
+        async with batch.limit:
+            if batch.stop.is_set():
+                return
             try:
-                return await self.archive(session_id)
+                archived = await self._archive(session_id, is_in_use=is_in_use)
             except NotFoundError:
-                return None  # deleted meanwhile
+                return  # deleted meanwhile
             except Exception as error:
                 if isinstance(error, StoreUnavailableError) and not isinstance(error, StoreTimeoutError):
                     raise
                 # One session that is unreadable, or too large, must not keep the others from being archived.
+                batch.failed.append((session_id, error))
+                return
+            if archived is not None:
+                batch.done.append(archived)
+
+    async def _archive(self, session_id: int, *, is_in_use: bool) -> ArchivedSession | None:
+        started = time.perf_counter()
+        try:
+            archived = await self._archive_once(session_id, is_in_use=is_in_use)
+        except Exception as error:
+            if not isinstance(error, NotFoundError):
+                metrics.ARCHIVE_ERRORS.labels(error_type=type(error).__name__).inc()
                 # The error itself, which may quote what was said, goes to the caller and not to the log.
-                logger.error("session %s was not archived: %s", session_id, type(error).__name__)
-                failed.append((session_id, error))
+                log_event(logger, logging.ERROR, "archive_failed", session_id=session_id, error=type(error).__name__)
+            raise
+        if archived is not None:
+            seconds = time.perf_counter() - started
+            metrics.ARCHIVE_SECONDS.observe(seconds)
+            metrics.SESSIONS_ARCHIVED.inc()
+            log_event(
+                logger,
+                logging.INFO,
+                "session_archived",
+                session_id=session_id,
+                source_id=archived.source_id,
+                messages=archived.messages,
+                chunks=archived.chunks,
+                in_use=is_in_use,
+                seconds=seconds,
+            )
+        return archived
+
+    @translated
+    async def _archive_once(self, session_id: int, *, is_in_use: bool) -> ArchivedSession | None:
+        async with self._database.begin() as session:
+            # Whoever has it in hand has read it already: no second one shall read and split it for nothing.
+            if not (await session.execute(_try_lock(session_id))).scalar_one():
                 return None
+            while True:
+                row = (await session.execute(_snapshot(session_id))).one_or_none()
+                if row is None:
+                    raise NotFoundError(f"session {session_id} is gone; nothing was archived")
+                snapshot = _read(row)
+                if row.status is SessionStatus.ARCHIVED or (is_in_use and not snapshot.is_too_long):
+                    return None
+                # Off the event loop, and before the lock: reading and splitting long sessions is work.
+                pieces = await asyncio.to_thread(make_pieces, snapshot, self._rules, is_in_use=is_in_use)
+                locked = (await session.execute(_lock(session_id))).one_or_none()
+                if locked is not None and locked.rewrite_version == snapshot.rewrite_version:
+                    return await self._write(session, snapshot, pieces, locked.length)
+                # Rewritten: once more, now under the lock, so that this ends.
 
-    def _prepare(self, snapshot: _Snapshot) -> _Prepared:
-        new = [Message.from_stored(item) for item in snapshot.stored[snapshot.archived :]]
-        return _Prepared(chunks=self._chunks(snapshot, new), title=_title(new), metadata=_metadata(snapshot, new))
-
-    def _chunks(self, snapshot: _Snapshot, new: Sequence[Message]) -> list[NewChunk]:
-        """The chunks of the new messages; none if they are not worth a source."""
-        length = sum(len(message.content.strip()) for message in new)
-        if length < self._min_session_length or not any(message.role == "user" for message in new):
-            return []
-        context = min(snapshot.archived, self._chunk_overlap)
-        start = snapshot.archived - context
-        messages = [Message.from_stored(item) for item in snapshot.stored[start : snapshot.archived]]
-        messages += new
-        pieces = chunk_messages(messages, context=context, **self._chunk_options)
-        return [
-            _chunk(snapshot, messages, start, piece, index=index, total=len(pieces))
-            for index, piece in enumerate(pieces)
-        ]
-
-    async def _write(
-        self, session: AsyncSession, snapshot: _Snapshot, prepared: _Prepared, length: int
-    ) -> ArchivedSession:
+    async def _write(self, session: AsyncSession, snapshot: Snapshot, pieces: Pieces, length: int) -> ArchivedSession:
         """Source, chunks and the pruned session: all or nothing. The row is locked."""
-        upto = len(snapshot.stored)
+        upto = pieces.upto
         status = SessionStatus.ARCHIVED if length == upto else SessionStatus.ACTIVE
-        if not prepared.chunks:
+        if not pieces.is_source and not snapshot.is_too_long:
             # Too little to remember by itself; should the session go on, it is archived with the rest.
             await session.execute(_mark(snapshot.id, status))
             return ArchivedSession(snapshot.id, None, 0, 0)
+        source_id = await self._add_source(session, snapshot, pieces) if pieces.is_source else None
+        keep = min(self._rules.overlap, upto)
+        is_too_long = length - (upto - keep) > self._rules.max_messages
+        await session.execute(
+            _prune(snapshot.id, removed=upto - keep, archived=keep, status=status, is_too_long=is_too_long)
+        )
+        if is_too_long:
+            await request_archiving(session)
+        return ArchivedSession(snapshot.id, source_id, upto - snapshot.archived, len(pieces.chunks))
+
+    async def _add_source(self, session: AsyncSession, snapshot: Snapshot, pieces: Pieces) -> int:
         knowledge = KnowledgeRepository(session, insert_batch_size=self._insert_batch_size)
-        first = snapshot.offset + snapshot.archived
         source_id = await knowledge.add_source(
             SourceType.DISCORD_SESSION,
-            prepared.title,
-            uri=_channel_url(snapshot.scope),
+            pieces.title,
+            uri=channel_url(snapshot.scope),
             scope=snapshot.scope,
-            metadata=prepared.metadata,
-            origin=(snapshot.id, first),
+            metadata=pieces.metadata,
+            origin=(snapshot.id, snapshot.offset + snapshot.archived),
             session_key=snapshot.session_key,
-            archived_messages=_raw(snapshot.id, snapshot.archived, upto),
+            archived_messages=_raw(snapshot.id, snapshot.archived, pieces.upto),
         )
-        await knowledge.add_chunks(source_id, prepared.chunks)
-        keep = min(self._overlap_messages, upto)
-        await session.execute(_prune(snapshot.id, removed=upto - keep, archived=keep, status=status))
-        return ArchivedSession(snapshot.id, source_id, upto - snapshot.archived, len(prepared.chunks))
+        if pieces.chunks:
+            await knowledge.add_chunks(source_id, pieces.chunks)
+        else:
+            await session.execute(_complete(source_id))
+        return source_id
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One pass: what limits and stops it, which sessions it has taken, and what became of them."""
+
+    limit: asyncio.Semaphore
+    stop: asyncio.Event
+    seen: set[int]
+    done: list[ArchivedSession] = field(default_factory=list)
+    failed: list[tuple[int, Exception]] = field(default_factory=list)
+
+    def report(self) -> ArchiveReport:
+        return ArchiveReport(
+            archived=sum(entry.source_id is not None for entry in self.done),
+            skipped=sum(entry.source_id is None for entry in self.done),
+            messages=sum(entry.messages for entry in self.done),
+            chunks=sum(entry.chunks for entry in self.done),
+            failed=tuple(self.failed),
+        )
+
+
+def _try_lock(session_id: int) -> AnySelect:
+    return select(func.pg_try_advisory_xact_lock(lock_key(session_id)))
 
 
 def _snapshot(session_id: int) -> AnySelect:
@@ -296,11 +398,12 @@ def _snapshot(session_id: int) -> AnySelect:
         Session.messages_offset,
         Session.last_archived_message_index,
         Session.rewrite_version,
+        Session.archive_requested_at.is_not(None).label("is_too_long"),
     ).where(Session.id == session_id)
 
 
-def _read(row: AnyRow) -> _Snapshot:
-    return _Snapshot(
+def _read(row: AnyRow) -> Snapshot:
+    return Snapshot(
         id=row.id,
         session_key=row.session_key,
         session_type=row.session_type,
@@ -309,6 +412,7 @@ def _read(row: AnyRow) -> _Snapshot:
         offset=row.messages_offset,
         archived=row.last_archived_message_index,
         rewrite_version=row.rewrite_version,
+        is_too_long=row.is_too_long,
     )
 
 
@@ -337,8 +441,16 @@ def _raw(session_id: int, first: int, end: int) -> ColumnElement[Any]:
     return select(messages).where(Session.id == session_id).scalar_subquery()
 
 
-def _prune(session_id: int, *, removed: int, archived: int, status: SessionStatus) -> Any:
-    """Cut ``removed`` messages off the front of the array as it is now, later appends included."""
+def _complete(source_id: int) -> Any:
+    """A source without chunks: nothing waits."""
+    return update(KnowledgeSource).where(KnowledgeSource.id == source_id).values(status=SourceStatus.COMPLETED)
+
+
+def _prune(session_id: int, *, removed: int, archived: int, status: SessionStatus, is_too_long: bool) -> Any:
+    """Cut ``removed`` messages off the front of the array as it is now, later appends included.
+
+    Many of those make it ask for archiving once more.
+    """
     rest: ColumnElement[Any] = func.jsonb_path_query_array(
         Session.messages, text(f"'$[{removed:d} to last]'::jsonpath"), type_=JSONB()
     )
@@ -350,75 +462,9 @@ def _prune(session_id: int, *, removed: int, archived: int, status: SessionStatu
             messages_offset=Session.messages_offset + removed,
             last_archived_message_index=archived,
             status=status,
+            archive_requested_at=func.now() if is_too_long else null(),
             version=Session.version + 1,
             rewrite_version=Session.rewrite_version + 1,
         )
         .execution_options(synchronize_session=False)
-    )
-
-
-def _title(messages: Sequence[Message]) -> str:
-    for message in messages:
-        if message.role == "user" and (words := " ".join(message.content.split())):
-            return words if len(words) <= TITLE_LENGTH else f"{words[:TITLE_LENGTH]}..."
-    return DEFAULT_TITLE
-
-
-def _channel_url(scope: Scope) -> str | None:
-    if scope.channel_id is None:
-        return None
-    url = f"https://discord.com/channels/{scope.guild_id or '@me'}/{scope.channel_id}"
-    return url if scope.thread_id is None else f"{url}/{scope.thread_id}"
-
-
-def _message_url(scope: Scope, messages: Sequence[Message]) -> str | None:
-    """A link that Discord opens at the first message that has an id.
-
-    Unlike in the source's URI, a thread stands in the place of its channel there.
-    """
-    if scope.channel_id is None:
-        return None
-    place = f"https://discord.com/channels/{scope.guild_id or '@me'}/{scope.thread_id or scope.channel_id}"
-    ids = (message.message_id for message in messages if isinstance(message.message_id, int))
-    return next((f"{place}/{message_id}" for message_id in ids), place)
-
-
-def _metadata(snapshot: _Snapshot, new: Sequence[Message]) -> dict[str, Any]:
-    until = max((message.timestamp for message in new if message.timestamp is not None), default=None)
-    return {
-        "channel_id": snapshot.scope.channel_id,
-        "thread_id": snapshot.scope.thread_id,
-        "user_id": snapshot.scope.user_id,
-        "guild_id": snapshot.scope.guild_id,
-        "session_type": snapshot.session_type,
-        "archived_at": datetime.now(UTC).isoformat(),
-        "origin_session_id": snapshot.id,
-        "origin_session_key": snapshot.session_key,
-        "archived_message_count": len(new),
-        "archived_until_timestamp": None if until is None else until.isoformat(),
-    }
-
-
-def _chunk(
-    snapshot: _Snapshot, messages: Sequence[Message], start: int, piece: ChatPiece, *, index: int, total: int
-) -> NewChunk:
-    """A piece with its place: absolute indexes, which pruning does not shift."""
-    said = [message.timestamp for message in messages[piece.first : piece.last + 1] if message.timestamp is not None]
-    first, last = (snapshot.offset + start + position for position in (piece.first, piece.last))
-    return NewChunk(
-        content=piece.content,
-        token_count=piece.token_count,
-        occurred_from=min(said, default=None),
-        occurred_to=max(said, default=None),
-        location={
-            "url": _message_url(snapshot.scope, messages[piece.first : piece.last + 1]),
-            "label": f"messages {first + 1} to {last + 1}",
-            "session_key": snapshot.session_key,
-            "chunk_index": index,
-            "total_chunks": total,
-            "first_message_index": first,
-            "last_message_index": last,
-            "first_message_id": messages[piece.first].message_id,
-            "last_message_id": messages[piece.last].message_id,
-        },
     )

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, delete, func, literal, or_, select, text, update
+from sqlalchemy import ColumnElement, Text, case, cast, delete, func, literal, null, or_, select, text, update
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -15,6 +15,7 @@ from kotonoha_store.database import translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError, StaleSessionError
 from kotonoha_store.models import Session
 from kotonoha_store.records import AppendResult, Message, Scope, SessionRecord, SessionStatus, SessionSummary
+from kotonoha_store.wakeup import ARCHIVE_CHANNEL
 
 KEY_MAX_BYTES: Final = 2000
 """A B-tree entry must fit a third of an 8 kB page (PostgreSQL, "B-Tree Indexes")."""
@@ -44,6 +45,14 @@ class DueSession:
     archive_due_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class RequestedSession:
+    """A session that has grown too long while it is in use; keep the pair as the cursor of the next page."""
+
+    id: int
+    archive_requested_at: datetime
+
+
 class SessionRepository:
     """Reads and writes sessions on the caller's transaction; never commits.
 
@@ -51,8 +60,15 @@ class SessionRepository:
     answer and :class:`~kotonoha_store.errors.SchemaOutdatedError` when it was not migrated.
     """
 
-    def __init__(self, session: AsyncSession) -> None:
+    def __init__(self, session: AsyncSession, *, archive_max_messages: int | None = None) -> None:
+        """
+        Args:
+            archive_max_messages: a session that holds more asks to be archived while it is in use; None: never.
+        """
+        if archive_max_messages is not None and archive_max_messages < 1:
+            raise InvalidInputError(f"archive_max_messages must be at least 1, got {archive_max_messages}")
         self._session = session
+        self._limit = archive_max_messages
 
     @translated
     async def append(
@@ -70,7 +86,11 @@ class SessionRepository:
 
         Safe under concurrent writers: each one's messages keep their order and none is lost. An
         archived session becomes active again. Type and scope are those of the first call; ids that were
-        unknown then are filled in.
+        unknown then are filled in. An append that makes the session too long asks for archiving and wakes
+        the archivers when it is committed.
+
+        Messages keep the order in which they arrive: one that was said earlier stands after those that were
+        appended before, and is archived with the next ones if these are archived already.
 
         Raises:
             InvalidInputError: no message, an unusable key, or a key that belongs to another scope.
@@ -79,7 +99,8 @@ class SessionRepository:
         if not new:
             raise InvalidInputError("append needs at least one message")
         scope = Scope(guild_id=guild_id, channel_id=channel_id, thread_id=thread_id, user_id=user_id)
-        statement = _append(_checked_key(session_key), check_text(session_type, "session_type"), scope, new)
+        key, kind = check_key(session_key), check_text(session_type, "session_type")
+        statement = _append(key, kind, scope, new, limit=self._limit)
         row = (await self._session.execute(statement)).one_or_none()
         if row is None:
             raise InvalidInputError(
@@ -106,7 +127,7 @@ class SessionRepository:
         """Return the session or None; as :meth:`load`."""
         if last is not None and check_id(last, "last") < 0:
             raise InvalidInputError(f"last must not be negative, got {last}")
-        row = (await self._session.execute(_load(Session.session_key == _checked_key(session_key), last))).one_or_none()
+        row = (await self._session.execute(_load(Session.session_key == check_key(session_key), last))).one_or_none()
         return None if row is None else _record(row)
 
     @translated
@@ -121,7 +142,8 @@ class SessionRepository:
         """Replace all messages of the session as it was loaded.
 
         What was archived already stays archived where it is still at the front (trimmed there, or edited
-        in place); everything else counts as not archived yet.
+        in place: the same message id there, or without one the same role and time); everything else counts as
+        not archived yet. The sources that were made of archived messages do not change.
 
         Raises:
             StaleSessionError: the session changed since ``record`` was loaded, or is gone.
@@ -131,6 +153,8 @@ class SessionRepository:
             raise InvalidInputError("this record holds only the last messages; load the whole session to save it")
         stored = [message.to_stored() for message in _checked_messages(messages)]
         archived = _still_archived(record.messages, messages, record.last_archived_message_index)
+        too_long = self._limit is not None and len(stored) > self._limit
+        asked = func.coalesce(Session.archive_requested_at, func.now())
         row = (
             await self._session.execute(
                 update(Session)
@@ -143,7 +167,8 @@ class SessionRepository:
                     last_archived_message_index=archived,
                     status=SessionStatus.ACTIVE,
                     last_active_at=func.greatest(Session.last_active_at, func.now()),
-                    archive_due_at=func.greatest(Session.archive_due_at, _due_at()),
+                    archive_due_at=func.greatest(Session.archive_due_at, due_at()),
+                    archive_requested_at=asked if too_long else null(),
                 )
                 .returning(Session.id)
                 .execution_options(synchronize_session=False)
@@ -154,6 +179,8 @@ class SessionRepository:
                 f"the session {record.session_key!r} changed after it was loaded (version {record.version}) "
                 "or is gone; load it again, repeat the change, save"
             )
+        if too_long:
+            await request_archiving(self._session)
         saved = await self.get(record.id)
         assert saved is not None, "the row is locked by the update above"  # noqa: S101  for the type checker
         return saved
@@ -162,10 +189,13 @@ class SessionRepository:
     async def delete(self, session_key: str) -> None:
         """Delete the session with its messages. What was archived of it stays searchable.
 
+        Messages that were not archived yet are gone. An archiver that has it in hand passes it over, or has
+        finished before.
+
         Raises:
             NotFoundError: no session has this key.
         """
-        statement = delete(Session).where(Session.session_key == _checked_key(session_key)).returning(Session.id)
+        statement = delete(Session).where(Session.session_key == check_key(session_key)).returning(Session.id)
         if (await self._session.execute(statement)).one_or_none() is None:
             raise NotFoundError(f"no session has the key {session_key!r}")
 
@@ -175,6 +205,13 @@ class SessionRepository:
     ) -> list[DueSession]:
         """Return active sessions without a change for ``idle_for``, the longest quiet first."""
         return [DueSession(*row) for row in await self._session.execute(_due(idle_for, limit, after))]
+
+    @translated
+    async def requested_for_archiving(
+        self, *, limit: int, after: RequestedSession | None = None
+    ) -> list[RequestedSession]:
+        """Return sessions that have grown too long while they are in use, those that asked first at the beginning."""
+        return [RequestedSession(*row) for row in await self._session.execute(_requested(limit, after))]
 
     async def iterate(self, *, page_size: int = 100, **filters: Any) -> AsyncIterator[SessionSummary]:
         """Iterate over all sessions, page by page; filters as in :meth:`list`."""
@@ -222,10 +259,27 @@ class SessionRepository:
 
 def _still_archived(old: Sequence[Message], new: Sequence[Message], archived: int) -> int:
     """How many messages at the front of ``new`` are archived; in doubt fewer, since a message may not be lost."""
-    if len(new) >= len(old) and list(new[archived : len(old)]) == list(old[archived:]):
-        return archived  # what was not archived stands where it stood
+    if len(new) >= len(old):
+        waiting = list(old[archived:])
+        # What was not archived stands where it stood; where nothing waits, each archived message must be itself.
+        if list(new[archived : len(old)]) == waiting if waiting else all(map(_is_same, old, new)):
+            return archived
     kept = range(min(archived, len(new)), 0, -1)
     return next((k for k in kept if list(new[:k]) == list(old[archived - k : archived])), 0)
+
+
+def _is_same(old: Message, new: Message) -> bool:
+    """Whether the message is the same one, as it was or edited."""
+    if old == new:
+        return True
+    if old.message_id is not None or new.message_id is not None:
+        return old.message_id == new.message_id
+    return old.timestamp is not None and (old.timestamp, old.role) == (new.timestamp, new.role)
+
+
+async def request_archiving(session: AsyncSession) -> None:
+    """Wake the archivers when this transaction is committed."""
+    await session.execute(select(cast(func.pg_notify(ARCHIVE_CHANNEL, ""), Text)))
 
 
 def _checked_messages(messages: Message | Sequence[Message]) -> list[Message]:
@@ -235,32 +289,44 @@ def _checked_messages(messages: Message | Sequence[Message]) -> list[Message]:
     return list(given)
 
 
-def _checked_key(session_key: str) -> str:
+def check_key(session_key: str) -> str:
     check_text(session_key, "session_key")
     if not session_key or len(session_key.encode()) > KEY_MAX_BYTES:
         raise InvalidInputError(f"session_key must have 1 to {KEY_MAX_BYTES} bytes")
     return session_key
 
 
-def _due_at() -> ColumnElement[datetime]:
+def due_at() -> ColumnElement[datetime]:
     """Now, rounded up to :data:`DUE_ROUNDING`, so that most appends change no indexed column (HOT)."""
     return func.date_bin(text("INTERVAL '5 minutes'"), func.now(), text("TIMESTAMPTZ '2000-01-01 00:00Z'")) + text(
         "INTERVAL '5 minutes'"
     )
 
 
-def _append(session_key: str, session_type: str, scope: Scope, messages: Sequence[Message]) -> Any:
-    """The upsert that creates or extends a session; no row comes back if the scopes differ."""
+def _append(
+    session_key: str, session_type: str, scope: Scope, messages: Sequence[Message], *, limit: int | None = None
+) -> Any:
+    """The upsert that creates or extends a session; no row comes back if the scopes differ.
+
+    Beyond ``limit`` messages it asks for archiving too, once: the request is taken back by the archiver.
+    """
     ids = asdict(scope)
+    too_long = limit is not None and len(messages) > limit
     statement = insert(Session).values(
         session_key=session_key,
         session_type=session_type,
         messages=[message.to_stored() for message in messages],
-        archive_due_at=_due_at(),
+        archive_due_at=due_at(),
+        archive_requested_at=func.now() if too_long else None,
         **ids,
     )
     new = statement.excluded
-    return statement.on_conflict_do_update(
+    asks: dict[str, Any] = {}
+    if limit is not None:
+        length = func.jsonb_array_length(Session.messages) + func.jsonb_array_length(new.messages)
+        asked = Session.archive_requested_at
+        asks["archive_requested_at"] = case((length > limit, func.coalesce(asked, func.now())), else_=asked)
+    upsert = statement.on_conflict_do_update(
         index_elements=[Session.session_key],
         set_={
             "messages": Session.messages.op("||", return_type=JSONB())(new.messages),
@@ -269,14 +335,17 @@ def _append(session_key: str, session_type: str, scope: Scope, messages: Sequenc
             # now() is when the transaction began: a long one must not set the clock back.
             "last_active_at": func.greatest(Session.last_active_at, func.now()),
             "archive_due_at": func.greatest(Session.archive_due_at, new.archive_due_at),
+            **asks,
             **{name: func.coalesce(getattr(Session, name), getattr(new, name)) for name in ids},
         },
         where=_same_scope(new),
-    ).returning(
-        Session.id,
-        Session.version,
-        func.jsonb_array_length(Session.messages).label("message_count"),
     )
+    result = [Session.id, Session.version, func.jsonb_array_length(Session.messages).label("message_count")]
+    if limit is None:
+        return upsert.returning(*result)
+    done = upsert.returning(*result, (Session.archive_requested_at == func.now()).label("asks")).cte("done")
+    notify = case((done.c.asks, cast(func.pg_notify(ARCHIVE_CHANNEL, ""), Text)))
+    return select(done.c.id, done.c.version, done.c.message_count, notify)
 
 
 def _same_scope(new: Any) -> ColumnElement[bool]:
@@ -317,6 +386,20 @@ def _due(idle_for: timedelta, limit: int, after: DueSession | None) -> AnySelect
     if after is None:
         return statement
     return statement.where(func.row(Session.archive_due_at, Session.id) > func.row(after.archive_due_at, after.id))
+
+
+def _requested(limit: int, after: RequestedSession | None) -> AnySelect:
+    """Through idx_sessions_archive_requested."""
+    statement: AnySelect = (
+        select(Session.id, Session.archive_requested_at)
+        .where(Session.archive_requested_at.is_not(None))
+        .order_by(Session.archive_requested_at, Session.id)
+        .limit(limit)
+    )
+    if after is None:
+        return statement
+    cursor = func.row(after.archive_requested_at, after.id)
+    return statement.where(func.row(Session.archive_requested_at, Session.id) > cursor)
 
 
 def _scope(row: AnyRow) -> Scope:
