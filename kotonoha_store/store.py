@@ -134,7 +134,7 @@ class Store:
         async with self.database.begin() as session:
             yield UnitOfWork(
                 session=session,
-                sessions=SessionRepository(session),
+                sessions=SessionRepository(session, archive_max_messages=self.settings.kb_archive_max_messages),
                 knowledge=self._knowledge(session),
                 search=self._search(session),
             )
@@ -190,6 +190,7 @@ class Store:
             idle_for=timedelta(hours=settings.kb_archive_threshold_hours),
             batch_size=settings.kb_archive_batch_size,
             overlap_messages=settings.kb_archive_overlap_messages,
+            max_messages=settings.kb_archive_max_messages,
             min_session_length=settings.kb_min_session_length,
             # At most a quarter of the pool: the bot's own queries come first.
             concurrency=min(5, max(1, settings.db_pool_max_size // 4)),
@@ -199,6 +200,9 @@ class Store:
             chunk_max_tokens=settings.kb_chunk_max_tokens,
             chunk_overlap_ratio=settings.kb_chunk_overlap_ratio,
             insert_batch_size=settings.kb_chunk_insert_batch_size,
+            interval=timedelta(hours=settings.kb_archive_interval_hours),
+            listen=settings.kb_listen,
+            drain=timedelta(seconds=settings.kb_drain_seconds),
         )
 
     async def add_document(
