@@ -5,8 +5,8 @@ from typing import Final, TypeAlias
 
 Field: TypeAlias = str | int | float | bool | None
 
-# What a formatter may ask of any record; logging itself refuses most of these, but only where the level is enabled.
-_RESERVED: Final = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "event"})
+# What a formatter may ask of any record; the last since Python 3.12.
+_RESERVED: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "event", "taskName"})
 
 
 def log_event(logger: logging.Logger, level: int, event: str, /, **fields: Field) -> None:
@@ -23,8 +23,12 @@ def log_event(logger: logging.Logger, level: int, event: str, /, **fields: Field
     if not logger.isEnabledFor(level):
         return
     message = " ".join([event, *(f"{name}={_shown(value)}" for name, value in fields.items())])
-    # Caller's line, not this one. A percent sign in a value is no placeholder: there are no arguments.
-    logger.log(level, message, extra={"event": event, **fields}, stacklevel=2)
+    # Not by `extra`, which fails where the application's own record factory sets an attribute of that name.
+    # Level 2: the caller's line, not this one.
+    path, line, function, _ = logger.findCaller(stacklevel=2)
+    record = logger.makeRecord(logger.name, level, path, line, message, (), None, function)
+    vars(record).update(fields, event=event)
+    logger.handle(record)
 
 
 def _shown(value: Field) -> str:

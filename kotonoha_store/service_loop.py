@@ -110,6 +110,7 @@ async def _see_through(
         raise
     finally:
         stopped.cancel()
+        await asyncio.wait([stopped])
     if not task.done():
         await _cancel(task, name, _CLEAN_UP)
         if not task.done() or task.cancelled():
