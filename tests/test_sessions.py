@@ -191,10 +191,12 @@ async def test_an_archiver_beside_the_writers_takes_each_message_once(database: 
         assert content.split("\n") == [f"user: {line}" for line in said[first : last + 1]]
 
 
-async def test_most_appends_are_hot(database: Database) -> None:
-    await append(database, "k", "0")
-    for number in range(20):
-        await append(database, "k", str(number))
+@pytest.mark.parametrize("limit", [None, 20])
+async def test_most_appends_are_hot(database: Database, limit: int | None) -> None:
+    for number in range(21):
+        async with database.begin() as session:
+            # The last one asks for archiving, which is in an index.
+            await SessionRepository(session, archive_max_messages=limit).append("k", Message.user(str(number)))
     counts = text(
         "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'sessions' AND n_tup_upd >= 20"
     )
@@ -208,7 +210,7 @@ async def test_most_appends_are_hot(database: Database) -> None:
                 break
             await asyncio.sleep(0.1)
     # Two at most may cross a boundary of five minutes or find their page full.
-    assert row.n_tup_hot_upd >= row.n_tup_upd - 2
+    assert row.n_tup_hot_upd >= row.n_tup_upd - 2 - (limit is not None)
 
 
 async def test_the_due_time_changes_every_five_minutes_only(sessions: SessionRepository, session: AsyncSession) -> None:
@@ -619,6 +621,50 @@ async def test_what_a_save_moves_to_the_front_is_not_taken_for_archived(
     saved = await sessions.save(await sessions.load("k"), kept(said))
     assert saved.last_archived_message_index == archived
     assert saved.messages_offset + archived == 8, "an absolute index is never given twice"
+
+
+def edited(message: Message, **changes: Any) -> Message:
+    return Message(**{**message.model_dump(), "content": "edited", **changes})
+
+
+@pytest.mark.parametrize(
+    ("new", "archived"),
+    [
+        (lambda old: [*old, Message.user("more")], 3),
+        (lambda old: [*users("quite", "different", "words"), *users("all", "new")], 0),
+        (lambda old: [edited(old[0]), edited(old[1]), *old[2:], Message.user("more")], 3),
+        (lambda old: [old[0], edited(old[1], message_id=99), old[2]], 0),
+        (lambda old: [old[0], edited(old[1], timestamp=None), old[2]], 3),
+        (lambda old: [old[0], old[1], edited(old[2], role="assistant")], 0),
+        (lambda old: [old[0], old[1], edited(old[2], timestamp=datetime.now(UTC))], 0),
+        (lambda old: [Message.system("before"), *old], 0),
+        (lambda old: old[1:], 2),
+        (lambda old: [edited(old[1]), old[2]], 0),
+    ],
+    ids=[
+        "longer",
+        "others",
+        "edited",
+        "another id",
+        "same id",
+        "another role",
+        "another time",
+        "one before",
+        "trimmed",
+        "trimmed and edited",
+    ],
+)
+async def test_where_all_is_archived_a_save_marks_only_the_same_messages(
+    session: AsyncSession, new: Callable[[list[Message]], list[Message]], archived: int
+) -> None:
+    """In doubt a message is archived twice rather than never."""
+    sessions = SessionRepository(session)
+    said = [Message.user("0", message_id=1), Message.assistant("1", message_id=2), Message.user("2")]
+    await sessions.append("k", said)
+    await session.execute(text("UPDATE sessions SET last_archived_message_index = 3, messages_offset = 7"))
+    saved = await sessions.save(await sessions.load("k"), new(said))
+    assert saved.last_archived_message_index == archived
+    assert saved.messages_offset + archived == 10
 
 
 async def test_a_list_by_something_that_is_no_id_is_refused(session: AsyncSession) -> None:
