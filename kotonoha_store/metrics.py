@@ -44,14 +44,14 @@ _ARCHIVE_BUCKETS: Final = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 
 EMBEDDING_SECONDS: Final = Histogram(
     "embedding_processing_seconds",
-    "One batch, from its claim until its vectors are written",
+    "One request to the embedder, failed ones included",
     buckets=_EMBEDDING_BUCKETS,
 )
 PENDING_CHUNKS: Final = Gauge(
     "pending_chunks_count", "Chunks that wait for their vector", multiprocess_mode="mostrecent"
 )
 EMBEDDING_ERRORS: Final = Counter(
-    "embedding_errors_total", "Chunks whose embedding failed, by error code", ["error_type"]
+    "embedding_errors_total", "Requests to the embedder that failed, by error code", ["error_type"]
 )
 EMBEDDINGS: Final = Counter("embedding_processed_total", "Chunks that got their vector")
 QUERY_SECONDS: Final = Histogram(
@@ -61,9 +61,9 @@ QUERY_SECONDS: Final = Histogram(
     buckets=_QUERY_BUCKETS,
 )
 ARCHIVE_SECONDS: Final = Histogram("session_archive_seconds", "The archive of one session", buckets=_ARCHIVE_BUCKETS)
-SESSIONS_ARCHIVED: Final = Counter("sessions_archived_total", "Sessions that were archived")
+SESSIONS_ARCHIVED: Final = Counter("sessions_archived_total", "Archives of a session, of a part of it included")
 ARCHIVE_ERRORS: Final = Counter(
-    "sessions_archived_errors_total", "Sessions whose archive failed, by type of error", ["error_type"]
+    "sessions_archived_errors_total", "Archives of a session that failed, by type of error", ["error_type"]
 )
 
 _engines: Final[WeakSet[AsyncEngine]] = WeakSet()
