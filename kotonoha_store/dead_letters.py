@@ -18,9 +18,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
-    true,
 )
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -143,26 +141,17 @@ def _requeue(conditions: list[ColumnElement[bool]]) -> Insert:
         )
         .cte("letters")
     )
-    rows = select(
-        letters.c.chunk_id, letters.c.source_id, letters.c.created_at, *(letters.c[name] for name in KEPT)
-    ).order_by(letters.c.chunk_id)
-    chunks = (
-        postgresql.insert(chunk)
-        .from_select(["id", "source_id", "created_at", *KEPT], rows)
-        # A queue without leases could bury a chunk twice: the copies become one chunk again.
-        .on_conflict_do_nothing(index_elements=[chunk.id])
-        .returning(chunk.id)
-        .cte("chunks")
+    # A queue without leases could bury a chunk twice: the copies become one chunk again, the one that died last.
+    copy = func.row_number().over(partition_by=letters.c.chunk_id, order_by=letters.c.id.desc()).label("copy")
+    numbered = select(letters, copy).cte("numbered")
+    values = ("source_id", "created_at", *KEPT)
+    rows = select(numbered.c.chunk_id, *(numbered.c[name] for name in values)).where(numbered.c.copy == 1)
+    chunks = insert(chunk).from_select(["id", *values], rows).returning(chunk.id).cte("chunks")
+    jobs = (
+        select(chunks.c.id, numbered.c.history, numbered.c.error_code)
+        .join(numbered, numbered.c.chunk_id == chunks.c.id)
+        .where(numbered.c.copy == 1)
     )
-    # Of the copies, the one that died last.
-    latest = (
-        select(letters.c.history, letters.c.error_code)
-        .where(letters.c.chunk_id == chunks.c.id)
-        .order_by(letters.c.id.desc())
-        .limit(1)
-        .lateral("latest")
-    )
-    jobs = select(chunks.c.id, latest).join(latest, true())
     job = EmbeddingJob
     return insert(job).from_select(["chunk_id", "history", "error_code"], jobs).returning(job.chunk_id)
 

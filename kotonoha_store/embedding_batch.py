@@ -39,6 +39,9 @@ BACKOFF: Final = (timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=
 RATE_LIMIT_DELAY: Final = timedelta(minutes=1)
 """How long to wait when the provider asks to, but does not say how long."""
 
+RATE_LIMIT_DELAY_MIN: Final = timedelta(seconds=1)
+"""The shortest: a provider that limits and says 0 must not be asked again and again."""
+
 RATE_LIMIT_DELAY_MAX: Final = timedelta(hours=1)
 """The longest wait a provider can ask for. One wrong header must not put chunks off for years; asking once an hour
 costs one refused call."""
@@ -114,15 +117,16 @@ class Provider:
         await self._pause(CONFIGURATION_DELAY, error.code, until_probed=True)
 
     async def failed(self, code: ErrorCode) -> bool:
-        """Count a failed call; returns whether the provider is down, which is no text's fault."""
+        """Count a failed call; returns whether the provider is down, which is no text's fault.
+
+        It is when it fails on a harmless word too, asked from the third failure in a row on: a text that makes it fail
+        each time must not pass for an outage, or it would be tried for ever.
+
+        Raises:
+            EmbedderConfigurationError: it refuses the key, the model or any text.
+        """
         failures = await self._queue.record_failure(self.name, code)
-        if failures < OUTAGE_FAILURES:
-            return False
-        first, most = OUTAGE_DELAYS
-        # The exponent bounded, so that a long outage does not overflow.
-        delay = min(most, first * 2 ** min(failures - OUTAGE_FAILURES, 30))
-        await self._pause(delay * random.uniform(0.8, 1.2), code, until_probed=True)  # noqa: S311  no secret
-        return True
+        return failures >= OUTAGE_FAILURES and not await self._probe()
 
     async def answered(self) -> None:
         await self._queue.resume(self.name)
@@ -144,19 +148,20 @@ class Provider:
         is_down = pause.failures >= OUTAGE_FAILURES
         if pause.remaining and not (is_down and probe):
             return pause.remaining
-        if not is_down:
+        if not is_down or await self._probe():
             return None
-        await self._probe()
         now = await self._queue.pause_of(self.name)
         return None if now is None else now.remaining
 
-    async def _probe(self) -> None:
+    async def _probe(self) -> bool:
+        """Ask for a single word; returns whether the provider is up, else it is paused."""
         try:
             await self.vectors([PROBE])
         except RateLimitedError as error:
-            # It answers, so it is up.
+            # It answers; what it failed on before was not its fault.
             await self.answered()
             await self.rate_limited(error)
+            return False
         except UnembeddableTextError as error:
             refused = EmbedderConfigurationError("the embedder refuses even a harmless text", code=error.code)
             await self.misconfigured(refused)
@@ -165,10 +170,16 @@ class Provider:
             await self.misconfigured(error)
             raise
         except Exception as error:  # noqa: BLE001  whatever an embedder raises
-            await self.failed(_code(error))
-        else:
-            log_event(logger, logging.INFO, "embedding_provider_resumed", provider=self.name)
-            await self.answered()
+            code = _code(error)
+            failures = await self._queue.record_failure(self.name, code)
+            first, most = OUTAGE_DELAYS
+            # The exponent bounded, so that a long outage does not overflow.
+            delay = min(most, first * 2 ** min(max(failures - OUTAGE_FAILURES - 1, 0), 30))
+            await self._pause(delay * random.uniform(0.8, 1.2), code, until_probed=True)  # noqa: S311  no secret
+            return False
+        log_event(logger, logging.INFO, "embedding_provider_answers", provider=self.name)
+        await self.answered()
+        return True
 
     async def _pause(self, delay: timedelta, code: ErrorCode, *, until_probed: bool = False) -> None:
         log_event(
@@ -224,12 +235,8 @@ class EmbeddingBatch:
             async with self._heartbeat():
                 report = await self._run()
         except (asyncio.CancelledError, EmbedderConfigurationError, StoreUnavailableError) as stopped:
-            code = stopped.code if isinstance(stopped, EmbedderConfigurationError) else None
-            # Back at once, with the attempt; shielded, since a second cancellation would leave them leased.
-            await asyncio.shield(self._give_back(code))
-            if isinstance(stopped, EmbedderConfigurationError):
-                with contextlib.suppress(StoreUnavailableError):  # what stopped the batch is what matters
-                    await self._provider.misconfigured(stopped)
+            # Shielded, since a second cancellation would leave the lease.
+            await asyncio.shield(self._stop(stopped))
             raise
         finally:
             log_event(
@@ -272,7 +279,14 @@ class EmbeddingBatch:
             except StoreUnavailableError as error:
                 log_event(logger, logging.WARNING, "embedding_heartbeat_failed", error=type(error).__name__)
 
-    async def _give_back(self, code: ErrorCode | None) -> None:
+    async def _stop(self, stopped: BaseException) -> None:
+        """Give back at once what is left, with the attempt."""
+        code: ErrorCode | None = None
+        if isinstance(stopped, EmbedderConfigurationError):
+            code = stopped.code
+            # First of all, so that nobody claims what is given back.
+            with contextlib.suppress(StoreUnavailableError):
+                await self._provider.misconfigured(stopped)
         if not self._open:
             return
         try:
@@ -496,4 +510,6 @@ def _wait(retry_after: float | None) -> timedelta:
     if retry_after is None:
         return RATE_LIMIT_DELAY
     # In this order NaN becomes the longest wait.
-    return timedelta(seconds=max(0.0, min(RATE_LIMIT_DELAY_MAX.total_seconds(), retry_after)))
+    return max(
+        RATE_LIMIT_DELAY_MIN, timedelta(seconds=max(0.0, min(RATE_LIMIT_DELAY_MAX.total_seconds(), retry_after)))
+    )

@@ -181,7 +181,9 @@ class EmbeddingWorker:
                     return
                 if lease.chunks and current.running < self._concurrency and not current.is_over:
                     self._start(group, current)
-                current.report += await self._see_through(lease)
+                # Not `+=`, which would read the sum before it waits.
+                report = await self._see_through(lease)
+                current.report += report
         except Exception as error:  # noqa: BLE001  raised again by whoever started the pass
             current.errors.append(error)
         finally:

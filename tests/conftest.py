@@ -16,10 +16,20 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from embedding_server import EmbeddingServer
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from kotonoha_store import Database, HashingEmbedder, Settings, Store, migrations
+from kotonoha_store import (
+    Database,
+    EmbeddingQueue,
+    EmbeddingWorker,
+    HashingEmbedder,
+    OpenAIEmbedder,
+    Settings,
+    Store,
+    migrations,
+)
 from kotonoha_store.database import connect_arguments
 
 VERSION = int(os.environ.get("TEST_POSTGRES_VERSION", "18"))
@@ -155,3 +165,27 @@ async def session(shared_url: URL) -> AsyncIterator[AsyncSession]:
         ) as session:
             yield session
         await outer.rollback()
+
+
+@pytest.fixture
+def queue(database: Database) -> EmbeddingQueue:
+    return EmbeddingQueue(database)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[EmbeddingServer]:
+    """An embedding server that misbehaves on request."""
+    async with EmbeddingServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def embedder(server: EmbeddingServer) -> AsyncIterator[OpenAIEmbedder]:
+    embedder = OpenAIEmbedder(base_url=server.base_url, timeout=2.0)
+    yield embedder
+    await embedder.aclose()
+
+
+@pytest.fixture
+def worker(queue: EmbeddingQueue, embedder: OpenAIEmbedder) -> EmbeddingWorker:
+    return EmbeddingWorker(queue, embedder)
