@@ -4,6 +4,7 @@ Sessions (short-term memory) are archived into sources and chunks (long-term mem
 queue until a worker has embedded them; search finds them again. Start with :class:`Store`.
 """
 
+from kotonoha_store.archive_restore import RestoredSession
 from kotonoha_store.archiver import ArchivedSession, ArchiveReport, SessionArchiver
 from kotonoha_store.columns import EMBEDDING_DIMENSION, HalfVector
 from kotonoha_store.database import Database
@@ -127,6 +128,7 @@ __all__ = [
     "RateLimitedError",
     "Recall",
     "RecallReport",
+    "RestoredSession",
     "SchemaOutdatedError",
     "Scope",
     "SearchFilters",
