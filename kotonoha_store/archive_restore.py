@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, column, func, null, select, text, true, update
+from sqlalchemy import BigInteger, ColumnElement, column, func, literal, null, select, text, true, update
 from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -168,7 +168,11 @@ def _put_back(source: AnyRow, overlap: int) -> Any:
     restored = KnowledgeSource.archived_messages
     return (
         update(Session)
-        .where(Session.id == source.origin_session_id, KnowledgeSource.id == source.id)
+        .where(
+            Session.id == context.c.session_id,
+            KnowledgeSource.origin_session_id == Session.id,
+            KnowledgeSource.id == source.id,
+        )
         .values(
             messages=_joined(_joined(context.c.messages, restored), _not_archived()),
             messages_offset=source.origin_first_index - context.c.length,
@@ -220,5 +224,7 @@ def _context(source: AnyRow, overlap: int) -> AnySelect:
     )
     ordered = func.jsonb_agg(aggregate_order_by(messages.c.message, messages.c.at), type_=JSONB())
     return select(
-        func.coalesce(ordered, text("'[]'::jsonb"), type_=JSONB()).label("messages"), func.count().label("length")
+        literal(source.origin_session_id, BigInteger()).label("session_id"),
+        func.coalesce(ordered, text("'[]'::jsonb"), type_=JSONB()).label("messages"),
+        func.count().label("length"),
     ).where(messages.c.at == source.origin_first_index - messages.c.back, messages.c.back <= overlap)
