@@ -75,6 +75,7 @@ from kotonoha_store.search_records import (
     SearchResult,
     SearchTimings,
 )
+from kotonoha_store.service_loop import stop_on_signals
 from kotonoha_store.sessions import SessionRepository
 from kotonoha_store.settings import Settings
 from kotonoha_store.store import Store, UnitOfWork
@@ -156,4 +157,5 @@ __all__ = [
     "TransientEmbeddingError",
     "UnembeddableTextError",
     "UnitOfWork",
+    "stop_on_signals",
 ]

@@ -234,7 +234,7 @@ class EmbeddingBatch:
         try:
             async with self._heartbeat():
                 report = await self._run()
-        except (asyncio.CancelledError, EmbedderConfigurationError, StoreUnavailableError) as stopped:
+        except (Exception, asyncio.CancelledError) as stopped:
             # Shielded, since a second cancellation would leave the lease.
             await asyncio.shield(self._stop(stopped))
             raise
@@ -264,8 +264,10 @@ class EmbeddingBatch:
             yield
         finally:
             beating.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await beating
+            # Not `await beating`, which would take our own cancellation for its.
+            await asyncio.wait([beating])
+        if not beating.cancelled():
+            beating.result()
 
     async def _beat(self) -> None:
         while True:
@@ -352,7 +354,7 @@ class EmbeddingBatch:
         started = perf_counter()
         try:
             vectors = await self._provider.vectors([text.content for text in texts])
-        except (EmbedderConfigurationError, Exception) as error:  # noqa: BLE001  whatever an embedder raises
+        except Exception as error:  # noqa: BLE001  whatever an embedder raises
             code = _code(error)
             EMBEDDING_ERRORS.labels(error_type=str(code)).inc()
             return await self._after(error, code, texts)

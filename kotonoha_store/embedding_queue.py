@@ -96,8 +96,7 @@ class EmbeddingQueue:
     async def _claim(self, limit: int, provider: str) -> tuple[Lease, list[int]]:
         token = uuid4()
         rows = await self._fetch(
-            queue_statements.claim(),
-            limit=limit,
+            queue_statements.claim(limit),
             token=token,
             duration=self.lease,
             asked=provider,
@@ -157,8 +156,8 @@ class EmbeddingQueue:
             )
         statement = queue_statements.write_vector()
 
-        async def write(driver: Any) -> set[int]:
-            held = await _ids(driver, queue_statements.finish(), ids=list(chunk_ids), token=lease.token)
+        async def write(driver: Any, sources: Sequence[int]) -> set[int]:
+            held = await _end_jobs(driver, lease, chunk_ids, sources)
             rows = [
                 statement.arguments({"chunk": chunk_id, "vector": vector, "model": model})
                 for chunk_id, vector in zip(chunk_ids, packed, strict=True)
@@ -178,8 +177,8 @@ class EmbeddingQueue:
             LeaseLostError: some jobs belong to another worker now; the others were ended.
         """
 
-        async def write(driver: Any) -> set[int]:
-            return await _ids(driver, queue_statements.finish(), ids=list(chunk_ids), token=lease.token)
+        async def write(driver: Any, sources: Sequence[int]) -> set[int]:
+            return await _end_jobs(driver, lease, chunk_ids, sources)
 
         await self._settle(lease, chunk_ids, write)
 
@@ -194,7 +193,8 @@ class EmbeddingQueue:
         if not found:
             return found
 
-        async def write(driver: Any) -> set[int]:
+        async def write(driver: Any, sources: Sequence[int]) -> set[int]:
+            await lock_sources(driver, sources)
             return await _ids(driver, queue_statements.copy_known(), ids=sorted(found), token=lease.token, model=model)
 
         # What was lost, or whose twin is gone meanwhile, is embedded like any other.
@@ -432,24 +432,31 @@ class EmbeddingQueue:
     @asynccontextmanager
     async def _locked(self, lease: Lease, chunk_ids: Sequence[int]) -> AsyncIterator[Any]:
         """A transaction in which the sources of these chunks are locked."""
-        async with self._database.driver() as driver, driver.transaction():
+        async with self._transaction() as driver:
             await lock_sources(driver, _sources(lease, chunk_ids))
+            yield driver
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Any]:
+        # Whatever the server's default: the status relies on each statement seeing what was committed before it.
+        async with self._database.driver() as driver, driver.transaction(isolation="read_committed"):
             yield driver
 
     async def _settle(
         self,
         lease: Lease,
         chunk_ids: Sequence[int],
-        write: Callable[[Any], Awaitable[set[int]]],
+        write: Callable[[Any, Sequence[int]], Awaitable[set[int]]],
         *,
         tell_lost: bool = True,
     ) -> set[int]:
-        """Lock, write, let the status follow; returns what was written."""
+        """Let ``write`` lock the sources and write, let the status follow; returns what was written."""
         lost: list[int] = []
-        async with self._locked(lease, chunk_ids) as driver:
-            held = await write(driver)
+        sources = _sources(lease, chunk_ids)
+        async with self._transaction() as driver:
+            held = await write(driver, sources)
             if held:
-                await recompute_status(driver, _sources(lease, chunk_ids))
+                await recompute_status(driver, sources)
             if tell_lost:
                 lost = await _lost(driver, lease, set(chunk_ids) - held)
         _raise_if(lost)
@@ -469,6 +476,11 @@ async def lock_sources(driver: Any, source_ids: Sequence[int]) -> None:
 async def recompute_status(driver: Any, source_ids: Sequence[int]) -> None:
     """See :func:`kotonoha_store.source_status.recompute_status`."""
     await _run(driver, queue_statements.recompute_status(), ids=source_ids)
+
+
+async def _end_jobs(driver: Any, lease: Lease, chunk_ids: Sequence[int], sources: Sequence[int]) -> set[int]:
+    statement = queue_statements.finish()
+    return await _ids(driver, statement, ids=list(chunk_ids), token=lease.token, sources=sources)
 
 
 async def _run(driver: Any, statement: Prepared, **values: Any) -> list[Any]:

@@ -4,7 +4,7 @@ Each claim is one statement. What writes stands in a transaction that has locked
 :mod:`kotonoha_store.embedding_queue`.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -69,10 +69,10 @@ def _is_ours() -> ColumnElement[bool]:
     return (EmbeddingJob.chunk_id == func.any(_IDS)) & (EmbeddingJob.lease_token == _TOKEN)
 
 
-@cache
-def claim() -> Prepared:
-    """Lease due jobs, skipping those that others are claiming. Parameters: limit, token, duration, asked
-    (the provider), failed (how many failures are too many).
+@lru_cache(maxsize=64)
+def claim(limit: int) -> Prepared:
+    """Lease due jobs, skipping those that others are claiming. Parameters: token, duration, asked (the provider),
+    failed (how many failures are too many).
 
     The longest due come first. Up to the first one whose lease ran out; that one comes alone: its worker may have died
     of it, and its neighbours shall not.
@@ -84,7 +84,8 @@ def claim() -> Prepared:
         select(*order, job.lease_token.is_not(None).label("ran_out"))
         .where(job.available_at <= func.now(), ~exists().where(_is_paused()))
         .order_by(*order)
-        .limit(bindparam("limit", type_=Integer()))
+        # Part of the statement: planned for any limit it reads a tenth of the tables, or is planned anew each time.
+        .limit(literal_column(str(limit)))
         .with_for_update(skip_locked=True)
         .cte("due")
     )
@@ -164,8 +165,21 @@ def recompute_status() -> Prepared:
 
 @cache
 def finish() -> Prepared:
-    """End jobs. Parameters: ids, token."""
-    return prepare(delete(EmbeddingJob).where(_is_ours()).returning(EmbeddingJob.chunk_id))
+    """Lock sources, then end jobs: in this order, since the deletion asks how many are locked.
+
+    Parameters: ids, token, sources. The fence is looked at again in what was changed while the locks were waited for.
+    """
+    source = KnowledgeSource
+    locked = (
+        select(source.id)
+        .where(source.id == func.any(bindparam("sources", type_=ARRAY(BigInteger))))
+        .order_by(source.id)
+        .with_for_update(key_share=True)
+        .cte("locked")
+        .prefix_with("MATERIALIZED")
+    )
+    have_been = select(func.count()).select_from(locked).scalar_subquery() >= literal_column("0")
+    return prepare(delete(EmbeddingJob).where(_is_ours(), have_been).returning(EmbeddingJob.chunk_id))
 
 
 @cache

@@ -15,7 +15,6 @@ from sqlalchemy import (
     exists,
     func,
     literal_column,
-    not_,
     or_,
     select,
     update,
@@ -63,32 +62,40 @@ def lock_statement() -> AnySelect:
 def recompute_statement() -> Update:
     """Parameters: ids."""
     source = KnowledgeSource
-    chunks = exists().where(KnowledgeChunk.source_id == source.id)
-    waiting = exists().where(KnowledgeChunk.source_id == source.id, KnowledgeChunk.embedding.is_(None))
-    dead = exists().where(KnowledgeChunkDeadLetter.source_id == source.id)
-    ended = or_(source.status == _status(SourceStatus.COMPLETED), source.status == _status(SourceStatus.FAILED))
-    status = case(
-        # Searchable stays searchable: a partial source with chunks queued again remains partial.
-        (and_(waiting, ended), _status(SourceStatus.PROCESSING)),
-        (waiting, source.status),
-        # From here on every chunk that is there is embedded. Not asked for as such: that would be planned through an
-        # index of all embedded chunks as long as statistics know of none.
-        (and_(chunks, dead), _status(SourceStatus.PARTIAL)),
-        (dead, _status(SourceStatus.FAILED)),
-        (chunks, _status(SourceStatus.COMPLETED)),
-        else_=source.status,
-    )
-    new = (
+    of_source = KnowledgeChunk.source_id == source.id
+    # OFFSET 0: so that each is asked for once.
+    now = (
         select(
             source.id,
-            status.label("status"),
-            case((not_(dead), None), else_=source.error_code).label("error_code"),
-            case((not_(dead), None), else_=source.error_message).label("error_message"),
+            source.status,
+            source.error_code,
+            source.error_message,
+            exists().where(of_source).label("chunks"),
+            exists().where(of_source, KnowledgeChunk.embedding.is_(None)).label("waiting"),
+            exists().where(KnowledgeChunkDeadLetter.source_id == source.id).label("dead"),
         )
         .where(source.id == func.any(_IDS))
-        .cte("new")
-        .prefix_with("MATERIALIZED")
+        .offset(literal_column("0"))
+        .subquery("now")
     )
+    ended = or_(now.c.status == _status(SourceStatus.COMPLETED), now.c.status == _status(SourceStatus.FAILED))
+    status = case(
+        # Searchable stays searchable: a partial source with chunks queued again remains partial.
+        (and_(now.c.waiting, ended), _status(SourceStatus.PROCESSING)),
+        (now.c.waiting, now.c.status),
+        # From here on every chunk that is there is embedded. Not asked for as such: that would be planned through an
+        # index of all embedded chunks as long as statistics know of none.
+        (and_(now.c.chunks, now.c.dead), _status(SourceStatus.PARTIAL)),
+        (now.c.dead, _status(SourceStatus.FAILED)),
+        (now.c.chunks, _status(SourceStatus.COMPLETED)),
+        else_=now.c.status,
+    )
+    new = select(
+        now.c.id,
+        status.label("status"),
+        case((now.c.dead, now.c.error_code)).label("error_code"),
+        case((now.c.dead, now.c.error_message)).label("error_message"),
+    ).subquery("new")
     is_changed = or_(
         source.status != new.c.status,
         source.error_code.is_distinct_from(new.c.error_code),

@@ -179,6 +179,9 @@ class Store:
             concurrency=settings.kb_embedding_max_concurrent,
             request_tokens=settings.kb_embedding_request_tokens,
             reuse=settings.kb_embedding_reuse,
+            interval=timedelta(minutes=settings.kb_embedding_interval_minutes),
+            listen=settings.kb_listen,
+            drain=timedelta(seconds=settings.kb_drain_seconds),
         )
 
     @cached_property
@@ -204,6 +207,25 @@ class Store:
             listen=settings.kb_listen,
             drain=timedelta(seconds=settings.kb_drain_seconds),
         )
+
+    async def run(self, stop: asyncio.Event | None = None) -> None:
+        """Archive and embed, until ``stop`` is set or the task is cancelled: what a worker process does.
+
+        See :meth:`SessionArchiver.run` and :meth:`EmbeddingWorker.run`. Any number of processes may.
+
+        Raises:
+            ConfigurationError: there is no embedder.
+            SchemaOutdatedError: the database was not migrated.
+        """
+        stop = asyncio.Event() if stop is None else stop
+        worker = self.embedding_worker
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.archiver.run(stop))
+                group.create_task(worker.run(stop))
+        except ExceptionGroup as errors:
+            # The first is why the other was cancelled.
+            raise errors.exceptions[0] from errors.exceptions[0].__cause__
 
     async def add_document(
         self,

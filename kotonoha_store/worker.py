@@ -61,6 +61,9 @@ class EmbeddingWorker:
         reuse: bool = True,
         backoff: Sequence[timedelta] = BACKOFF,
         provider: str | None = None,
+        interval: timedelta = timedelta(minutes=1),
+        listen: bool = True,
+        drain: timedelta = timedelta(seconds=30),
     ) -> None:
         """
         Args:
@@ -70,14 +73,19 @@ class EmbeddingWorker:
             reuse: give a text that has a vector of the same model already that one, instead of paying again.
             backoff: how long to wait after the first, second ... failed attempt.
             provider: whom a pause is for; the embedder's model by default.
+            interval: how often :meth:`run` looks for jobs when nothing wakes it.
+            listen: whether new jobs wake it, by LISTEN on a connection of its own; a transaction pooler has none.
+            drain: how long running batches may go on when it is stopped.
 
         Raises:
-            InvalidInputError: a number is below 1, or there is no backoff.
+            InvalidInputError: a number is below 1, a time is not positive, or there is no backoff.
         """
         least = {"batch_size": batch_size, "concurrency": concurrency, "request_tokens": request_tokens}
         for name, value in {**least, "backoff": len(backoff)}.items():
             if value < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {value}")
+        if interval <= timedelta(0) or drain < timedelta(0):
+            raise InvalidInputError(f"interval must be positive and drain not negative, got {interval} and {drain}")
         self._queue = queue
         self._provider = Provider(queue, embedder, name=provider)
         self._batch_size = batch_size
@@ -85,6 +93,9 @@ class EmbeddingWorker:
         self._request_tokens = request_tokens
         self._backoff = tuple(backoff)
         self._in_flight: dict[str, asyncio.Event] | None = {} if reuse else None
+        self._interval = interval
+        self._listen = listen
+        self._drain = drain
 
     async def run_until_empty(self) -> EmbeddingReport:
         """Embed batch after batch until nothing can be claimed now.
@@ -96,7 +107,7 @@ class EmbeddingWorker:
             EmbedderConfigurationError: key, permission, model or dimension is wrong; the chunks wait on.
             StoreUnavailableError: the database did not answer.
         """
-        report, _ = await self._drain(asyncio.Event(), probe=True)
+        report, _ = await self._pass(asyncio.Event(), probe=True)
         return report
 
     async def run_once(self) -> EmbeddingReport:
@@ -108,25 +119,16 @@ class EmbeddingWorker:
             return EmbeddingReport()
         return await self._see_through(await self._claim())
 
-    async def run(
-        self,
-        stop: asyncio.Event | None = None,
-        *,
-        interval: timedelta = timedelta(minutes=1),
-        drain: timedelta = timedelta(seconds=30),
-        listen: bool = True,
-    ) -> None:
+    async def run(self, stop: asyncio.Event | None = None) -> None:
         """Embed what comes, until ``stop`` is set or the task is cancelled.
 
-        Woken by new jobs, when one that was put off is due, and otherwise every ``interval``. A database that does
+        Woken by new jobs, when one that was put off is due, and otherwise on the interval. A database that does
         not answer and a provider that fails or is not configured are waited for.
 
         Args:
             stop: set by :func:`~kotonoha_store.service_loop.stop_on_signals`, for example. Nothing more is claimed
-                then; what is running has ``drain`` to end, then its leases are given back, as they are at once when
-                the task is cancelled.
-            listen: whether to be woken by LISTEN, on a connection of its own; behind a transaction pooler there is
-                the interval only.
+                then; running batches have their time to end, then their leases are given back, as they are at once
+                when the task is cancelled.
         """
         stop = asyncio.Event() if stop is None else stop
         # Somebody may have mended what this provider was paused for: the first pass asks.
@@ -138,18 +140,23 @@ class EmbeddingWorker:
             if not woken:
                 await self._queue.depth()  # for its metric
             try:
-                _, wait = await self._drain(stop, probe=probe)
+                _, wait = await self._pass(stop, probe=probe)
             except EmbedderConfigurationError as error:
                 log_event(logger, logging.ERROR, "embedding_not_configured", error_code=str(error.code))
                 wait = await self._provider.pause(probe=False)
             return wait
 
-        async with self._queue.listener(enabled=listen) as listener:
+        async with self._queue.listener(enabled=self._listen) as listener:
             await run_service(
-                work, name="embedding_worker", listener=listener, interval=interval, stop=stop, drain=drain
+                work,
+                name="embedding_worker",
+                listener=listener,
+                interval=self._interval,
+                stop=stop,
+                drain=self._drain,
             )
 
-    async def _drain(self, stop: asyncio.Event, *, probe: bool) -> tuple[EmbeddingReport, timedelta | None]:
+    async def _pass(self, stop: asyncio.Event, *, probe: bool) -> tuple[EmbeddingReport, timedelta | None]:
         """Until nothing can be claimed. Returns also when there may be something again; None: there is no job."""
         total = EmbeddingReport()
         while True:

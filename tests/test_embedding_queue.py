@@ -30,7 +30,9 @@ from kotonoha_store import (
     SourceType,
     StoreUnavailableError,
     embedding_queue,
+    queue_statements,
 )
+from kotonoha_store.prepared import Prepared
 
 MODEL = "test-model"
 MINUTE = timedelta(minutes=1)
@@ -671,6 +673,12 @@ async def test_depth_counts_ready_waiting_and_dead(database: Database, queue: Em
 # Together
 
 
+def without_lock() -> Prepared:
+    """The fenced end of jobs alone."""
+    sql = "DELETE FROM embedding_jobs WHERE chunk_id = ANY ($1::bigint[]) AND lease_token = $2 RETURNING chunk_id"
+    return Prepared(sql, ("ids", "token"), {})
+
+
 @pytest.mark.parametrize(("locked", "status"), [(True, "completed"), (False, "processing")])
 async def test_two_that_finish_a_source_together_leave_it_completed(
     database: Database, migrated_url: URL, monkeypatch: pytest.MonkeyPatch, locked: bool, status: str
@@ -688,12 +696,9 @@ async def test_two_that_finish_a_source_together_leave_it_completed(
         await recompute(driver, source_ids)
         await asyncio.sleep(0.5)
 
-    async def no_lock(*_: object) -> None:
-        pass
-
     monkeypatch.setattr(embedding_queue, "recompute_status", together)
     if not locked:
-        monkeypatch.setattr(embedding_queue, "lock_sources", no_lock)
+        monkeypatch.setattr(queue_statements, "finish", without_lock)
     async with Database(migrated_url, settings_for(migrated_url)) as other:
         queues = EmbeddingQueue(database), EmbeddingQueue(other)
         leases = [await queue.claim(1) for queue in queues]
@@ -715,9 +720,6 @@ async def test_a_source_deleted_in_the_middle_of_a_write_waits_for_it(
     recompute = embedding_queue.recompute_status
     deleting: list[asyncio.Task[None]] = []
 
-    async def no_lock(*_: object) -> None:
-        pass
-
     async def meanwhile(driver: Any, source_ids: Sequence[int]) -> None:
         deleting.append(asyncio.create_task(delete_source(database, source_id)))
         await asyncio.sleep(0.3)
@@ -725,7 +727,7 @@ async def test_a_source_deleted_in_the_middle_of_a_write_waits_for_it(
 
     monkeypatch.setattr(embedding_queue, "recompute_status", meanwhile)
     if not locked:
-        monkeypatch.setattr(embedding_queue, "lock_sources", no_lock)
+        monkeypatch.setattr(queue_statements, "finish", without_lock)
     results = [*await asyncio.gather(write(queue, lease, ids), return_exceptions=True)]
     results += await asyncio.gather(*deleting, return_exceptions=True)
     if not locked:

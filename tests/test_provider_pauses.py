@@ -1,17 +1,13 @@
 """Providers that limit, fail or are not configured: left alone by every worker, at no chunk's cost."""
 
 import math
+from contextlib import suppress
+from datetime import timedelta
 
 import numpy as np
 import pytest
-from embedding_server import (
-    Behaviour,
-    EmbeddingServer,
-    dimension,
-    reordered,
-    status,
-)
-from working import Scripted, add, assert_embedded, jobs, raising
+from embedding_server import Behaviour, EmbeddingServer, dimension, ok, reordered, status, texts_of
+from working import AT_ONCE, Scripted, add, assert_embedded, jobs, letters, raising, sql
 
 from kotonoha_store import (
     Database,
@@ -20,9 +16,13 @@ from kotonoha_store import (
     EmbeddingQueue,
     EmbeddingReport,
     EmbeddingWorker,
+    ErrorCode,
+    ProviderPause,
     RateLimitedError,
 )
 from kotonoha_store.embedding_batch import (
+    OUTAGE_DELAYS,
+    PROBE,
     RATE_LIMIT_DELAY,
     RATE_LIMIT_DELAY_MAX,
     RATE_LIMIT_DELAY_MIN,
@@ -123,3 +123,147 @@ async def test_an_embedder_of_another_dimension_is_a_wrong_configuration(
     with pytest.raises(EmbedderConfigurationError, match="1536"):
         await EmbeddingWorker(queue, Scripted(lambda texts: np.ones(shape))).run_until_empty()
     assert [row[:2] for row in await jobs(database)] == [(False, 0)] * 2
+
+
+# Outages
+
+
+async def later(database: Database) -> None:
+    """The pauses are over, and so are the waits of the jobs."""
+    await sql(database, "UPDATE embedding_pauses SET paused_until = now()")
+    await sql(database, "UPDATE embedding_jobs SET available_at = now() WHERE lease_token IS NULL")
+
+
+async def test_an_outage_costs_no_attempts_from_the_third_failure_on(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    contents = [f"text {i}" for i in range(10)]
+    await add(database, *contents)
+    server.default = status(503)
+    worker = EmbeddingWorker(queue, embedder, batch_size=2, concurrency=1)
+    assert await worker.run_until_empty() == EmbeddingReport(claimed=6, failed=4, deferred=2)
+    # Three batches and the probe; from here on one word each time.
+    assert [texts_of(body) for body in server.requests[3:]] == [[PROBE]]
+    pauses = []
+    for asked in range(5, 14):
+        (pause,) = await queue.pauses()
+        pauses.append(pause.remaining)
+        assert (await queue.claim(provider=embedder.model)).chunks == ()
+        await later(database)
+        assert await worker.run_until_empty() == EmbeddingReport()
+        assert len(server.requests) == asked
+    assert [round(pause.total_seconds() / 30 / 2**n) for n, pause in enumerate(pauses[:5])] == [1] * 5
+    assert max(pauses) <= 1.2 * OUTAGE_DELAYS[1]
+    assert [job[1] for job in await jobs(database)] == [1] * 4 + [0] * 6
+
+    server.default = ok
+    await later(database)
+    assert await worker.run_until_empty() == EmbeddingReport(claimed=10, embedded=10)
+    assert await queue.pauses() == []
+    await assert_embedded(database, contents)
+
+
+async def test_failures_count_in_a_row_over_all_workers(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    await add(database, *"abcdef")
+    workers = [EmbeddingWorker(queue, embedder, batch_size=1) for _ in range(3)]
+    server.script(status(500), status(500), ok, status(500), status(500))
+    for worker, expected in zip(workers * 2, ["failed", "failed", "embedded", "failed", "failed"], strict=False):
+        assert getattr(await worker.run_once(), expected) == 1
+    (pause,) = await queue.pauses()
+    assert pause.failures == 2
+
+
+async def test_a_text_that_fails_each_time_is_no_outage(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    """Alone in the queue, each failure is one in a row: the word that is asked then tells the difference."""
+    await add(database, "killer")
+    server.default = lambda body: status(500)(body) if "killer" in texts_of(body) else ok(body)
+    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE).run_until_empty()
+    assert report == EmbeddingReport(claimed=3, failed=2, buried=1)
+    assert [texts_of(body)[0] for body in server.requests] == ["killer"] * 3 + [PROBE]
+    assert await queue.pauses() == []
+
+
+async def test_a_first_text_that_fails_each_time_dies_alone(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    """Halved towards the front, it fails many times in a row."""
+    contents = ["killer", *(f"text {i}" for i in range(63))]
+    await add(database, *contents)
+    server.default = lambda body: status(500)(body) if "killer" in texts_of(body) else ok(body)
+    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE).run_until_empty()
+    assert report == EmbeddingReport(claimed=3 * 64, failed=2 * 64, embedded=63, buried=1)
+    assert await letters(database) == [("killer", "EMBEDDING_MAX_RETRIES_EXCEEDED")]
+
+
+async def test_a_rate_limit_in_the_answer_to_the_probe_is_kept(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, worker: EmbeddingWorker, embedder: Embedder
+) -> None:
+    await add(database, "a")
+    await queue.pause(embedder.model, timedelta(0), ErrorCode.SERVER_ERROR, until_probed=True)
+    server.script(status(429, headers={"retry-after": "40"}))
+    assert await worker.run_once() == EmbeddingReport()
+    (pause,) = await queue.pauses()
+    assert (pause.failures, pause.error_code) == (0, "RATE_LIMIT")
+    assert pause.remaining.total_seconds() == pytest.approx(40, abs=2)
+
+
+async def test_a_provider_that_refuses_even_the_probe_is_not_configured(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, worker: EmbeddingWorker, embedder: Embedder
+) -> None:
+    await add(database, "a")
+    await queue.pause(embedder.model, timedelta(0), ErrorCode.SERVER_ERROR, until_probed=True)
+    server.default = status(400)
+    with pytest.raises(EmbedderConfigurationError, match="harmless"):
+        await worker.run_once()
+    assert [job[:2] for job in await jobs(database)] == [(False, 0)]
+
+
+async def test_a_success_keeps_a_wait_that_another_worker_was_asked_for(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    await add(database, "a")
+    await queue.record_failure(embedder.model, ErrorCode.SERVER_ERROR)
+    lease = await queue.claim(provider=embedder.model)
+    assert lease.provider_has_failed
+    await queue.resume(embedder.model)
+    await queue.pause(embedder.model, timedelta(seconds=30), ErrorCode.RATE_LIMIT)
+    await queue.resume(embedder.model)
+    (pause,) = await queue.pauses()
+    assert pause == ProviderPause(embedder.model, pause.remaining, 0, "RATE_LIMIT")
+
+
+async def test_the_longer_of_two_pauses_counts(queue: EmbeddingQueue) -> None:
+    for seconds in (20, 50, 5):
+        await queue.pause("model", timedelta(seconds=seconds), ErrorCode.RATE_LIMIT)
+    pause = await queue.pause_of("model")
+    assert pause is not None
+    assert pause.remaining.total_seconds() == pytest.approx(50, abs=2)
+
+
+async def test_a_paused_provider_is_not_sent_the_rest_of_its_batch(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    await add(database, *(f"text {i}" for i in range(6)))
+    server.script(ok, status(429))
+    # Each text is one token or two: requests of one text.
+    worker = EmbeddingWorker(queue, embedder, request_tokens=1)
+    assert await worker.run_until_empty() == EmbeddingReport(claimed=6, embedded=1, deferred=5)
+    assert len(server.requests) == 2
+
+
+async def test_one_provider_does_not_block_another(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    await add(database, *"abcd")
+    for behaviour in (status(429), status(401)):
+        server.script(behaviour)
+        with suppress(EmbedderConfigurationError):
+            await EmbeddingWorker(queue, embedder, batch_size=2, concurrency=1).run_until_empty()
+        report = await EmbeddingWorker(queue, Scripted(), batch_size=2, concurrency=1).run_once()
+        assert report == EmbeddingReport(claimed=2, embedded=2)
+    (pause,) = await queue.pauses()
+    assert pause.provider == embedder.model
