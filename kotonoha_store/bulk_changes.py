@@ -39,7 +39,7 @@ from sqlalchemy.sql.visitors import replacement_traverse
 from kotonoha_store.checks import check_json, check_text
 from kotonoha_store.columns import AnySelect
 from kotonoha_store.errors import InvalidInputError
-from kotonoha_store.filters import Shape, conditions, parameters, shape
+from kotonoha_store.filters import Shape, check_scope, conditions, parameters, shape
 from kotonoha_store.models import (
     KnowledgeChunk,
     KnowledgeChunkDeadLetter,
@@ -134,13 +134,8 @@ async def update_sources(
 
 
 def _asked(filters: AnyFilters, everywhere: bool, verb: str, verb_for_all: str) -> _Asked:
-    asked = _Asked(shape(filters), parameters(filters))
-    if not everywhere and not filters.names_scope:
-        raise InvalidInputError(
-            f"name the scope to {verb}: filters=SearchFilters(guild_id=...), or channel_id, thread_id, user_id, "
-            f"source_ids, session_keys; or say everywhere=True to {verb_for_all} all that is stored"
-        )
-    return asked
+    check_scope(filters, everywhere, verb, verb_for_all)
+    return _Asked(shape(filters), parameters(filters))
 
 
 def _changes(metadata: Mapping[str, Any] | None, title: str | None) -> _Changes:

@@ -59,6 +59,24 @@ def shape(filters: AnyFilters) -> Shape:
     return _normalised(filters).shape
 
 
+def check_scope(filters: AnyFilters, everywhere: bool, verb: str, verb_for_all: str | None = None) -> None:
+    """Refuse what names no scope, unless everything is meant.
+
+    Args:
+        verb, verb_for_all: what is to be done with the scope, and with all that is stored; for the message.
+
+    Raises:
+        InvalidInputError: no scope is named, or these are no filters.
+    """
+    if not isinstance(filters, SearchFilters | CombinedFilters):
+        raise _no_filters(filters)
+    if not everywhere and not filters.names_scope:
+        raise InvalidInputError(
+            f"name the scope to {verb}: filters=SearchFilters(guild_id=...), or channel_id, thread_id, user_id, "
+            f"source_ids, session_keys; or say everywhere=True to {verb_for_all or verb} all that is stored"
+        )
+
+
 def parameters(filters: AnyFilters) -> dict[str, Any]:
     """Return the values for the parameters of ``conditions(shape(filters))``, as asyncpg takes them.
 
@@ -91,11 +109,13 @@ def _normalised(filters: AnyFilters) -> _Normal:
         given = tuple((name, value) for name in _FIELDS if (value := getattr(filters, name)) is not None)
         return _Normal(Shape("fields", tuple(name for name, _ in given)), given)
     if not isinstance(filters, CombinedFilters):
-        raise InvalidInputError(
-            f"filters must be SearchFilters(...) or a combination of them, not {type(filters).__name__}"
-        )
+        raise _no_filters(filters)
     parts = [_normalised(part) for part in filters.parts]
     return _negated(parts[0]) if filters.op == "not" else _joined(filters.op, parts)
+
+
+def _no_filters(value: object) -> InvalidInputError:
+    return InvalidInputError(f"filters must be SearchFilters(...) or a combination of them, not {type(value).__name__}")
 
 
 def _negated(part: _Normal) -> _Normal:

@@ -13,8 +13,7 @@ import numpy as np
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import search_statements as statements
-from kotonoha_store.checks import check_text
-from kotonoha_store.columns import VectorLike, pack_vector
+from kotonoha_store.columns import VectorLike
 from kotonoha_store.database import ensure_codecs, translated
 from kotonoha_store.diversity import spread_out
 from kotonoha_store.errors import InvalidInputError, ModelMismatchError
@@ -25,13 +24,12 @@ from kotonoha_store.search_records import (
     AnyFilters,
     Fusion,
     Neighbour,
-    SearchFilters,
     SearchHit,
     SearchResult,
     SearchTimings,
 )
-from kotonoha_store.search_request import Asked, Match, Options, Words, check_query, check_search
-from kotonoha_store.search_statements import WordPlan
+from kotonoha_store.search_request import Asked, Match, Options, Words, check_query, check_search, vector_values
+from kotonoha_store.search_statements import Found
 from kotonoha_store.selectivity import (
     EVERYTHING,
     EXACT,
@@ -42,6 +40,7 @@ from kotonoha_store.selectivity import (
     choose_plan,
     exact_limit,
 )
+from kotonoha_store.word_statements import QUERY_TERMS, WordPlan, selected_terms
 
 # Of how many pages the share that a filter keeps is estimated, some two chunks each.
 _SAMPLED_PAGES: Final = 600
@@ -121,7 +120,6 @@ class SearchRepository:
             ModelMismatchError: there are vectors in this scope, but none of ``model``.
         """
         started = perf_counter()
-        filters = SearchFilters() if filters is None else filters
         options = check_search(
             top_k,
             threshold,
@@ -132,16 +130,9 @@ class SearchRepository:
             diversity=diversity,
             neighbours=neighbours,
         )
-        check_text(model, "model")
-        asked = Asked.by(filters)
+        asked = options.asked
         candidates = options.candidates(top_k + offset)
-        values = {
-            **asked.values,
-            **options.page,
-            "query": pack_vector(query),
-            "model": model,
-            "candidates": candidates,
-        }
+        values = {**options.values, **vector_values(query, model), "candidates": candidates}
 
         def prepared(plan: VectorPlan) -> Prepared:
             return statements.nearest(plan.name, asked.shape, with_vectors=options.is_diverse)
@@ -180,15 +171,13 @@ class SearchRepository:
             InvalidInputError: a blank query, no scope was named, or a value is out of range.
         """
         started = perf_counter()
-        filters = SearchFilters() if filters is None else filters
         options = check_search(top_k, None, filters, everywhere, offset=offset, neighbours=neighbours)
         words = Words.of(check_query(query), match)
         if words.query.is_empty:
             return SearchResult((), "words", True, 0, None)
-        asked = Asked.by(filters)
+        asked = options.asked
         values = {
-            **asked.values,
-            **options.page,
+            **options.values,
             **words.values(candidates=top_k + offset),
             "scope_size": await self._scope_size(asked, top_k),
         }
@@ -229,7 +218,6 @@ class SearchRepository:
             ModelMismatchError: nothing was found, there are vectors in this scope, but none of ``model``.
         """
         started = perf_counter()
-        filters = SearchFilters() if filters is None else filters
         fusion = Fusion() if fusion is None else fusion
         if not isinstance(fusion, Fusion):
             raise InvalidInputError(f"fusion must be Fusion(...), not {type(fusion).__name__}")
@@ -243,16 +231,13 @@ class SearchRepository:
             diversity=diversity,
             neighbours=neighbours,
         )
-        check_text(model, "model")
         words = Words.of(check_query(query), "any")
-        asked = Asked.by(filters)
+        asked = options.asked
         candidates = max(fusion.candidates, options.candidates(top_k + offset))
         values = {
-            **asked.values,
-            **options.page,
+            **options.values,
             **words.values(candidates=candidates),
-            "query": pack_vector(vector),
-            "model": model,
+            **vector_values(vector, model),
             "k": fusion.k,
             "words_weight": fusion.words,
             "meaning_weight": fusion.meaning,
@@ -265,7 +250,7 @@ class SearchRepository:
 
         plan = await self._vector_plan(asked, candidates, effort)
         rows, plan, complete = await self._by_meaning(prepared, plan, values, asked)
-        if (rows[0][-1] if rows else 0) < top_k and not words.query.is_empty:
+        if (rows[0].found_by_words if rows else 0) < top_k and not words.query.is_empty:
             # The words found less than they might; they look again as they do alone.
             rows, complete = await self._again(rows, prepared, plan, values, words, complete=complete)
         if not rows and complete and not offset:
@@ -274,56 +259,59 @@ class SearchRepository:
 
     async def _again(
         self,
-        rows: Sequence[Any],
+        rows: Sequence[Found],
         prepared: Callable[[VectorPlan, WordPlan], Prepared],
         plan: VectorPlan,
         values: dict[str, Any],
         words: Words,
         *,
         complete: bool,
-    ) -> tuple[Sequence[Any], bool]:
+    ) -> tuple[Sequence[Found], bool]:
         values |= {"ef_search": str(plan.ef_search)}
         if words.is_guess:
             values |= {"required": words.certain}
-            return await self._runner.fetch(prepared(plan, words.certain_plan), values), complete
+            return await self._found(prepared(plan, words.certain_plan), values), complete
         if words.plan != "any" or await self._all_selected(values):
             return rows, complete
-        values |= {"selecting": statements.QUERY_TERMS, "budget": _LAST_BUDGET}
-        rows = await self._runner.fetch(prepared(plan, "any"), values)
+        values |= {"selecting": QUERY_TERMS, "budget": _LAST_BUDGET}
+        rows = await self._found(prepared(plan, "any"), values)
         is_full = len(rows) >= values["top_k"]
         return rows, complete and (is_full or await self._all_selected(values))
 
     async def _by_meaning(
         self, prepared: Callable[[VectorPlan], Prepared], plan: VectorPlan, values: dict[str, Any], asked: Asked
-    ) -> tuple[Sequence[Any], VectorPlan, bool]:
-        rows = await self._runner.fetch(prepared(plan), values | {"ef_search": str(plan.ef_search)})
+    ) -> tuple[Sequence[Found], VectorPlan, bool]:
+        rows = await self._found(prepared(plan), values | {"ef_search": str(plan.ef_search)})
         if plan is EXACT or len(rows) >= values["top_k"]:
             return rows, plan, True
         # The index gave up before it had enough. Few enough candidates are compared one by one.
         limit = await self._limit(_FALLBACK * values["candidates"])
         if await self._count(asked, limit + 1) > limit:
             return rows, plan, False
-        return await self._runner.fetch(prepared(EXACT), values), EXACT, True
+        return await self._found(prepared(EXACT), values), EXACT, True
 
-    async def _by_words(self, words: Words, asked: Asked, values: dict[str, Any]) -> tuple[Sequence[Any], bool]:
+    async def _by_words(self, words: Words, asked: Asked, values: dict[str, Any]) -> tuple[Sequence[Found], bool]:
         found = words.shape(asked, words.plan)
-        rows = await self._runner.fetch(statements.matching(found), values)
+        rows = await self._found(statements.matching(found), values)
         if len(rows) >= values["top_k"]:
             return rows, True
         if words.plan == "any":
             if await self._all_selected(values):
                 return rows, True
-            values |= {"selecting": statements.QUERY_TERMS, "budget": _LAST_BUDGET}
-            rows = await self._runner.fetch(statements.matching(found), values)
+            values |= {"selecting": QUERY_TERMS, "budget": _LAST_BUDGET}
+            rows = await self._found(statements.matching(found), values)
             return rows, len(rows) >= values["top_k"] or await self._all_selected(values)
         if words.is_guess:
             values |= {"required": words.certain}
-            rows = await self._runner.fetch(statements.matching(words.shape(asked, words.certain_plan)), values)
+            rows = await self._found(statements.matching(words.shape(asked, words.certain_plan)), values)
         return rows, True
+
+    async def _found(self, prepared: Prepared, values: Mapping[str, Any]) -> list[Found]:
+        return [Found(*row) for row in await self._runner.fetch(prepared, values)]
 
     async def _all_selected(self, values: Mapping[str, Any]) -> bool:
         """Whether chunks were looked for by every term of the query."""
-        (row,) = await self._runner.fetch(statements.selected_terms(), values)
+        (row,) = await self._runner.fetch(selected_terms(), values)
         return bool(row[0] == len(values["terms"]))
 
     async def _vector_plan(self, asked: Asked, top_k: int, effort: Effort) -> VectorPlan:
@@ -383,7 +371,7 @@ class SearchRepository:
 
     async def _result(
         self,
-        rows: Sequence[Any],
+        rows: Sequence[Found],
         plan: Literal["exact", "index", "words", "hybrid"],
         complete: bool,
         model: str | None,
@@ -394,7 +382,7 @@ class SearchRepository:
         if options.is_diverse:
             chosen = _spread(rows, options)
             complete = len(chosen) == options.top_k or (complete and len(chosen) == len(rows))
-        hits = [_hit(row) for row in chosen if _is_near(row[_SIMILARITY], options.threshold)]
+        hits = [_hit(row) for row in chosen if _is_near(row.similarity, options.threshold)]
         if options.neighbours and hits:
             hits = await self._with_neighbours(hits, options.neighbours)
         return SearchResult(
@@ -440,33 +428,25 @@ class _DriverRunner:
         self._connection = connection
 
     async def fetch(self, prepared: Prepared, values: Mapping[str, Any]) -> Sequence[Any]:
-        rows: Sequence[Any] = await self._connection.fetch(prepared.sql, *prepared.arguments(values))
+        rows: Sequence[Found] = await self._connection.fetch(prepared.sql, *prepared.arguments(values))
         return rows
 
 
-# The columns of search_statements._with_details().
-_SIMILARITY: Final = 6
-_VECTOR: Final = 12
-
-
-def _hit(row: Sequence[Any]) -> SearchHit:
-    chunk_id, source_id, source_type, title, uri, content, similarity, score, location, metadata, since, until = row[
-        :12
-    ]
-    place = _object(location)
+def _hit(row: Found) -> SearchHit:
+    location = _object(row.location)
     return SearchHit(
-        chunk_id=chunk_id,
-        source_id=source_id,
-        source_type=SourceType(source_type),
-        title=title,
-        url=url if isinstance(url := place.get("url"), str) and url else uri,
-        content=content,
-        similarity=similarity,
-        score=score,
-        location=place,
-        metadata=_object(metadata),
-        occurred_from=since,
-        occurred_to=until,
+        chunk_id=row.chunk_id,
+        source_id=row.source_id,
+        source_type=SourceType(row.source_type),
+        title=row.title,
+        url=url if isinstance(url := location.get("url"), str) and url else row.uri,
+        content=row.content,
+        similarity=row.similarity,
+        score=row.score,
+        location=location,
+        metadata=_object(row.metadata),
+        occurred_from=row.occurred_from,
+        occurred_to=row.occurred_to,
     )
 
 
@@ -484,21 +464,21 @@ def _is_near(similarity: float | None, threshold: float | None) -> bool:
     return threshold is None or similarity is None or similarity >= threshold
 
 
-def _spread(rows: Sequence[Any], options: Options) -> list[Any]:
+def _spread(rows: Sequence[Found], options: Options) -> list[Found]:
     """The rows that differ from each other; those without a vector cannot be compared, and are left out."""
-    compared = [row for row in rows if row[_SIMILARITY] is not None]
+    compared = [row for row in rows if row.similarity is not None]
     if not compared or options.diversity is None:
         return []
     relevance = _on_scale_of_similarities(compared)
-    vectors = np.stack([row[_VECTOR] for row in compared])
+    vectors = np.stack([row.vector for row in compared])
     chosen = spread_out(vectors, relevance, count=options.top_k, diversity=options.diversity)
     return [compared[position] for position in chosen]
 
 
-def _on_scale_of_similarities(rows: Sequence[Any]) -> list[float]:
+def _on_scale_of_similarities(rows: Sequence[Found]) -> list[float]:
     """Fused scores spread over the range of the similarities, so that the two can be weighed against each other."""
-    scores = np.array([row[_SIMILARITY + 1] for row in rows])
-    similarities = np.array([row[_SIMILARITY] for row in rows])
+    scores = np.array([row.score for row in rows])
+    similarities = np.array([row.similarity for row in rows])
     low, high = scores.min(), scores.max()
     if high == low:
         return list(similarities)

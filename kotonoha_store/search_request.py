@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from kotonoha_store import search_statements as statements
 from kotonoha_store.checks import check_count, check_number, check_text
+from kotonoha_store.columns import VectorLike, pack_vector
 from kotonoha_store.errors import InvalidInputError
-from kotonoha_store.filters import EVERYTHING, Shape, parameters, shape
+from kotonoha_store.filters import EVERYTHING, Shape, check_scope, parameters, shape
 from kotonoha_store.records import SCOPE_FIELDS
 from kotonoha_store.search_records import AnyFilters, CombinedFilters, SearchFilters
-from kotonoha_store.search_statements import WordPlan, WordsShape
 from kotonoha_store.selectivity import EFFORTS, Effort
+from kotonoha_store.word_statements import POOLS, SELECTING_TERMS, WordPlan, WordsShape
 from kotonoha_store.words import WordQuery, lookup, parse_query, scope_terms
 
 Match = Literal["any", "all"]
@@ -126,7 +126,7 @@ class Words:
         )
 
     def values(self, *, candidates: int) -> dict[str, Any]:
-        pool = next(size for size in statements.POOLS if size >= candidates)
+        pool = next(size for size in POOLS if size >= candidates)
         return {
             "terms": list(self.query.terms),
             "factors": list(self.query.terms.values()),
@@ -137,7 +137,7 @@ class Words:
             "required": self.required,
             "guess": self.guess,
             "phrases": [phrase.text for phrase in self.query.phrases],
-            "selecting": statements.SELECTING_TERMS,
+            "selecting": SELECTING_TERMS,
             "budget": _BUDGET,
             "first_budget": _BUDGET,
             "candidates": candidates,
@@ -149,6 +149,7 @@ class Words:
 class Options:
     """What a search was asked for, checked."""
 
+    asked: Asked
     top_k: int
     offset: int
     threshold: float | None
@@ -164,14 +165,15 @@ class Options:
         return min(TOP_K_MAX, max(_DIVERSE_POOL * needed, 50)) if self.is_diverse else needed
 
     @property
-    def page(self) -> dict[str, int]:
-        return {"top_k": self.candidates(self.top_k), "offset": self.offset}
+    def values(self) -> dict[str, Any]:
+        """The parameters of the filters and of the page."""
+        return self.asked.values | {"top_k": self.candidates(self.top_k), "offset": self.offset}
 
 
 def check_search(
     top_k: int,
     threshold: float | None,
-    filters: AnyFilters,
+    filters: AnyFilters | None,
     everywhere: bool,
     *,
     offset: int = 0,
@@ -184,10 +186,8 @@ def check_search(
     Raises:
         InvalidInputError: no scope was named, or a value is out of its range.
     """
-    if not isinstance(filters, SearchFilters | CombinedFilters):
-        raise InvalidInputError(
-            f"filters must be SearchFilters(...) or a combination of them, not {type(filters).__name__}"
-        )
+    filters = SearchFilters() if filters is None else filters
+    check_scope(filters, everywhere, "search")
     check_count(top_k, "top_k", 1, TOP_K_MAX)
     check_count(offset, "offset", 0, TOP_K_MAX)
     if top_k + offset > TOP_K_MAX:
@@ -201,12 +201,18 @@ def check_search(
             raise InvalidInputError("a diverse result has one page: ask for a larger top_k instead of an offset")
     if effort not in EFFORTS:
         raise InvalidInputError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
-    if not everywhere and not filters.names_scope:
-        raise InvalidInputError(
-            "name the scope to search: filters=SearchFilters(guild_id=...), or channel_id, thread_id, user_id, "
-            "source_ids, session_keys; or say everywhere=True to search all that is stored"
-        )
-    return Options(top_k, offset, threshold, diversity, neighbours)
+    return Options(Asked.by(filters), top_k, offset, threshold, diversity, neighbours)
+
+
+def vector_values(vector: VectorLike, model: str) -> dict[str, Any]:
+    """Return the parameters that say what vectors are compared with.
+
+    Raises:
+        InvalidInputError: the model is no text that can be stored.
+        InvalidVectorError: the vector cannot be compared.
+    """
+    check_text(model, "model")
+    return {"query": pack_vector(vector), "model": model}
 
 
 def check_query(query: str) -> str:

@@ -53,6 +53,8 @@ class Selectivity:
         return 1.0 if self.kept == inf else min(1.0, self.kept / max(self.total, 1.0))
 
 
+PlanName = Literal["exact", "index"]
+
 EVERYTHING: Final = Selectivity(inf, inf)
 
 
@@ -60,7 +62,7 @@ EVERYTHING: Final = Selectivity(inf, inf)
 class VectorPlan:
     """``exact``: every candidate compared. ``index``: through HNSW with this ``ef_search``."""
 
-    name: Literal["exact", "index"]
+    name: PlanName
     ef_search: int = 0
 
 

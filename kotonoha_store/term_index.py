@@ -52,7 +52,8 @@ async def refresh_terms(unit: Executor, *, force: bool = False) -> None:
     Else every search would read what was not merged, one by one.
 
     Args:
-        force: count in any case: after :func:`fill_terms`, since growth is seen by new ids only.
+        force: count in any case: growth is seen by new ids and by the table's size, but not deletions, nor terms
+            filled in for chunks that were there.
     """
     await unit.execute(_refresh(), {"force": force})
 

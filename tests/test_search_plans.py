@@ -17,7 +17,8 @@ from kotonoha_store import search_statements as statements
 from kotonoha_store.prepared import Prepared
 from kotonoha_store.search_records import AnyFilters
 from kotonoha_store.search_request import Asked, Match, Words
-from kotonoha_store.search_statements import VectorPlan, WordPlan
+from kotonoha_store.selectivity import PlanName
+from kotonoha_store.word_statements import WordPlan, selected_terms
 
 EVERYTHING = SearchFilters()
 HALF = SearchFilters(guild_id=0)
@@ -92,7 +93,7 @@ def vector() -> dict[str, Any]:
     return {"query": QUERY, "model": MODEL, "ef_search": "100"}
 
 
-def nearest(plan: VectorPlan, filters: AnyFilters) -> Search:
+def nearest(plan: PlanName, filters: AnyFilters) -> Search:
     asked = Asked.by(filters)
     return Search(statements.nearest(plan, asked.shape), asked.values | page() | vector())
 
@@ -103,7 +104,7 @@ def matching(text: str, filters: AnyFilters, match: Match = "any", plan: WordPla
     return Search(statements.matching(words.shape(asked, plan or words.plan)), values)
 
 
-def hybrid(plan: VectorPlan, text: str, filters: AnyFilters) -> Search:
+def hybrid(plan: PlanName, text: str, filters: AnyFilters) -> Search:
     asked, words = Asked.by(filters), Words.of(text, "any")
     fusion = {"k": 60.0, "words_weight": 1.0, "meaning_weight": 1.0, "neighbour_penalty": 0.5, "scope_size": inf}
     values = asked.values | words.values(candidates=50) | page(50) | vector() | fusion
@@ -119,8 +120,8 @@ def neighbours() -> Search:
     return Search(statements.neighbours(), {"ids": list(range(1, 11)), "reach": 2})
 
 
-def selected_terms() -> Search:
-    return Search(statements.selected_terms(), matching("twentieth seldom", EVERYTHING).values)
+def terms_selected() -> Search:
+    return Search(selected_terms(), matching("twentieth seldom", EVERYTHING).values)
 
 
 async def plan_of(planner: Planner, search: Search) -> str:
@@ -202,7 +203,7 @@ async def test_matching_by_reading_every_text_in_scope(planner: Planner) -> None
 
 
 async def test_frequencies_of_terms(planner: Planner) -> None:
-    plan = await plan_of(planner, selected_terms())
+    plan = await plan_of(planner, terms_selected())
     assert plan.count("Index Scan using term_frequencies_pkey") == 2
     assert "Seq Scan" not in plan
 
@@ -288,7 +289,7 @@ RUN: dict[str, Search] = {
     },
     "hybrid-exact": hybrid("exact", "twentieth seldom 東京", ONE_USER),
     "neighbours": neighbours(),
-    "selected_terms": selected_terms(),
+    "selected_terms": terms_selected(),
     **{f"count-{kind}": about(statements.count_up_to, filters, limit=30) for kind, (filters, _) in NARROW.items()},
     # All pages: else it would be others each time.
     **{

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from kotonoha_store.search_statements import SELECTING_TERMS
+from kotonoha_store.word_statements import SELECTING_TERMS
 from kotonoha_store.words import WordQuery, Words, analyse, fold, parse_query
 
 Ranking = list[tuple[float, int]]
