@@ -17,7 +17,9 @@ from kotonoha_store import (
     EmbeddingReport,
     EmbeddingWorker,
     InvalidInputError,
+    KnowledgeRepository,
     NewChunk,
+    SourceType,
     Store,
     TransientEmbeddingError,
 )
@@ -135,8 +137,6 @@ async def test_requests_are_packed_by_tokens(
     database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
 ) -> None:
     async with database.begin() as session:
-        from kotonoha_store import KnowledgeRepository, SourceType
-
         knowledge = KnowledgeRepository(session)
         source = await knowledge.add_source(SourceType.WEB_PAGE, "a source")
         tokens = [60, 40, 1, 200, 50, 50]

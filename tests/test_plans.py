@@ -4,6 +4,7 @@ With the values known and unknown: after five runs of a prepared statement Postg
 (generic plan). Those of searches are in ``test_search_plans.py``.
 """
 
+import re
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from uuid import uuid4
@@ -12,7 +13,7 @@ import pytest
 from plan_data import JUNE, MODEL, QUERY, Planner, filled_database, planner_of
 from sqlalchemy import URL
 
-from kotonoha_store import Message, Scope, Session, embedding_queue, knowledge, sessions, source_status, term_index
+from kotonoha_store import Message, Scope, Session, knowledge, queue_statements, sessions, term_index
 
 
 @pytest.fixture(scope="module")
@@ -31,38 +32,60 @@ async def planner(filled: URL, request: pytest.FixtureRequest) -> AsyncIterator[
 
 
 async def test_claim(planner: Planner) -> None:
-    plan = await planner.plan(embedding_queue._claim(), limit=100, token=uuid4(), lease=timedelta(minutes=5))
-    assert "Index Scan using idx_embedding_jobs_available_at" in plan
-    assert "Sort" not in plan[plan.index("CTE picked") : plan.index("CTE leased")]
+    values = {"token": uuid4(), "duration": timedelta(minutes=5), "asked": "model", "failed": 3}
+    plan = await planner.of(queue_statements.claim(100), values)
+    due = plan[plan.index("CTE due") : plan.index("CTE leased")]
+    assert "Index Scan using idx_embedding_jobs_available_at" in due
+    assert "Sort" not in due
+    assert "using embedding_jobs_pkey" in plan
     assert "Index Scan using knowledge_chunks_pkey" in plan
+    assert "using knowledge_sources_pkey" in plan
+    assert not re.search("Seq Scan on (embedding_jobs|knowledge)", plan)
+
+
+async def test_when_a_job_is_due(planner: Planner) -> None:
+    assert "using idx_embedding_jobs_available_at" in await planner.of(queue_statements.next_due(), {})
 
 
 async def test_complete(planner: Planner) -> None:
-    finish = await planner.plan(embedding_queue._finish(), ids=list(range(1, 101)), token=uuid4())
+    ids = list(range(1, 101))
+    finish = await planner.of(queue_statements.finish(), {"ids": ids, "token": uuid4(), "sources": [1, 2]})
     assert "embedding_jobs_pkey" in finish
+    assert "knowledge_sources_pkey" in finish
     assert "Seq Scan" not in finish
-    write = await planner.plan(embedding_queue._write_vector(), chunk=1, vector=QUERY, model=MODEL)
+    write = await planner.of(queue_statements.write_vector(), {"chunk": 1, "vector": QUERY, "model": MODEL})
     assert "Index Scan using knowledge_chunks_pkey" in write
 
 
-async def test_release_and_bury(planner: Planner) -> None:
-    ids = list(range(1, 101))
-    release = await planner.plan(
-        embedding_queue._release(give_back=True), ids=ids, token=uuid4(), delay=timedelta(0), code=None
-    )
-    bury = await planner.plan(embedding_queue._bury(), ids=ids, token=uuid4(), code="X", message="x", model=None)
-    for plan in (release, bury):
+async def test_vectors_of_known_texts(planner: Planner) -> None:
+    values = {"ids": list(range(1, 101)), "token": uuid4(), "model": MODEL}
+    for statement in (queue_statements.known(), queue_statements.copy_known()):
+        plan = await planner.of(statement, values)
+        assert "using idx_chunks_content_hash" in plan
+        assert "Seq Scan" not in plan
+
+
+async def test_heartbeat_release_and_bury(planner: Planner) -> None:
+    job = {"ids": list(range(1, 101)), "token": uuid4(), "duration": timedelta(0)}
+    for statement, values in (
+        (queue_statements.heartbeat(), job),
+        (queue_statements.release(give_back=True), {**job, "code": None}),
+        (queue_statements.bury(), {**job, "code": "X", "message": "x", "model": None}),
+    ):
+        plan = await planner.of(statement, values)
         assert "embedding_jobs_pkey" in plan
         assert "Seq Scan on embedding_jobs" not in plan
         assert "Seq Scan on knowledge_chunks" not in plan
 
 
 async def test_source_status(planner: Planner) -> None:
-    plan = await planner.plan(source_status._recompute(), ids=[1, 2, 3])
+    plan = await planner.of(queue_statements.recompute_status(), {"ids": [1, 2, 3]})
     assert "idx_chunks_queue" in plan
     assert "idx_dlq_source_id" in plan
+    # Whatever statistics say of how many are embedded: this one would be read from one end to the other.
+    assert "idx_chunks_content_hash" not in plan
     assert "Seq Scan" not in plan
-    lock = await planner.plan(source_status._lock(), ids=[1, 2, 3])
+    lock = await planner.of(queue_statements.lock_sources(), {"ids": [1, 2, 3]})
     assert "knowledge_sources_pkey" in lock
 
 
