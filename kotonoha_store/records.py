@@ -313,7 +313,7 @@ class ClaimedChunk:
 
     chunk_id: int
     source_id: int
-    content: str
+    content: str = field(repr=False)
     attempt: int
     token_count: int | None
 
@@ -378,9 +378,9 @@ class DeadLetter:
     id: int
     original_chunk_id: int | None
     source_id: int | None
-    source_title: str | None
+    source_title: str | None = field(repr=False)
     source_type: SourceType | None
-    content: str
+    content: str = field(repr=False)
     location: dict[str, Any]
     token_count: int | None
     scope: Scope
