@@ -173,8 +173,47 @@ def test_readme_code_runs(empty_url: URL, tmp_path: Path) -> None:
     assert any("Biscuit" in line for line in lines)
 
 
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Ask a running worker to end, once it has begun."""
+    assert process.stderr is not None
+    said = ""
+    while "service_started" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    process.terminate()
+    out, rest = process.communicate(timeout=30)
+    return process.returncode, out, said + rest
+
+
+@pytest.mark.parametrize("which", ["README", "example"])
+def test_a_worker_process_runs_until_it_is_told_to_end(migrated_url: URL, tmp_path: Path, which: str) -> None:
+    script = ROOT / "examples" / "worker.py"
+    if which == "README":
+        script = tmp_path / "worker.py"
+        script.write_text(f"import logging\nlogging.basicConfig(level='INFO')\n{readme_blocks()[1]}", encoding="utf-8")
+    environment = {**os.environ, "DATABASE_URL": migrated_url.render_as_string(hide_password=False)}
+    environment |= {"KB_EMBEDDER": "hashing", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        status, _, said = end_of(process)
+    assert status == 0, said
+    assert "service_ended" in said
+    assert "Traceback" not in said
+
+
+def test_the_worker_example_says_in_a_line_what_is_wrong(empty_url: URL) -> None:
+    done = run(empty_url, "examples/worker.py", KB_EMBEDDER="hashing")
+    assert done.returncode == 1
+    assert "alembic upgrade head" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "no embedder is configured" in run(empty_url, "examples/worker.py").stderr
+
+
 async def test_readme_searches_run(store: Store) -> None:
-    _, searches = readme_blocks()
+    _, _, searches = readme_blocks()
     names: dict[str, Any] = {}
     exec(searches, names)  # noqa: S102  the README's own code
     scope = {"guild_id": 1, "channel_id": 2}
