@@ -363,7 +363,8 @@ async def measure_writes(bench: Bench) -> Figures:
         "ours": (bench.ours(1, vectors=bench.vectors, limit=limit), "ours_no_hnsw"),
         "by hand": (ByHand(options.chunks, options.batch, bench.vectors, limit), "ours_no_hnsw"),
     }
-    seconds = await bench.contest(runners, repeats=options.repeats, label="writing vectors")
+    # Short runs, and so more of them.
+    seconds = await bench.contest(runners, repeats=2 * options.repeats + 1, label="writing vectors")
     return {
         "write_ratio_raw": rate_ratio(seconds["ours"], seconds["by hand"]),
         "write_rates": {name: median_rate(limit, measured) for name, measured in seconds.items()},
@@ -499,7 +500,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--chunks", type=int, default=100_000, help="how many wait; a multiple of 1000")
-    parser.add_argument("--written", type=int, default=20_000, help="of how many the vectors are written, one worker")
+    parser.add_argument("--written", type=int, default=10_000, help="of how many the vectors are written, one worker")
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
