@@ -9,7 +9,8 @@ Lock order everywhere: source, chunk, job, sources in the order of their ids.
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
+from time import monotonic
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -41,6 +42,10 @@ OUTAGE_FAILURES: Final = 3
 """After so many failed calls in a row it is the provider that is at fault, and no text."""
 
 
+FRONT_INTERVAL: Final = 1.0
+"""How often, in seconds, claims begin at the front of the queue."""
+
+
 class EmbeddingQueue:
     """Claims, completes and buries jobs, each in a short transaction of its own.
 
@@ -68,6 +73,9 @@ class EmbeddingQueue:
         self.lease: Final = lease
         self.max_attempts: Final = max_attempts
         self._update_batch_size = update_batch_size
+        # The last job that was claimed, and when the claims last began at the front of the queue.
+        self._mark: tuple[datetime, int] | None = None
+        self._began_at_front = 0.0
 
     @translated
     async def claim(self, limit: int = 100, *, provider: str = "") -> Lease:
@@ -95,13 +103,7 @@ class EmbeddingQueue:
 
     async def _claim(self, limit: int, provider: str) -> tuple[Lease, list[int]]:
         token = uuid4()
-        rows = await self._fetch(
-            queue_statements.claim(limit),
-            token=token,
-            duration=self.lease,
-            asked=provider,
-            failed=OUTAGE_FAILURES,
-        )
+        rows = await self._due_rows(limit, token=token, duration=self.lease, asked=provider, failed=OUTAGE_FAILURES)
         lease = Lease(
             token=token,
             chunks=tuple(
@@ -125,6 +127,25 @@ class EmbeddingQueue:
             await self.bury(lease, exhausted, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED)
         gone = set(exhausted)
         return replace(lease, chunks=tuple(c for c in lease.chunks if c.chunk_id not in gone)), exhausted
+
+    async def _due_rows(self, limit: int, **values: Any) -> list[Any]:
+        """Claim where the last claim ended.
+
+        In front of it lie the dead entries of what was claimed, which nobody can clean up while some transaction
+        is long open (pg_dump): walked over each time, they make a claim many times as long. What comes to lie there
+        (added by a transaction that took its time, or given back) is found a second later.
+        """
+        mark = self._mark
+        rows: list[Any] = []
+        if mark is not None and monotonic() - self._began_at_front < FRONT_INTERVAL:
+            statement = queue_statements.claim(limit, after=True)
+            rows = await self._fetch(statement, due_at=mark[0], chunk_id=mark[1], **values)
+        if not rows:
+            self._began_at_front = monotonic()
+            rows = await self._fetch(queue_statements.claim(limit), **values)
+        is_full = len(rows) == limit
+        self._mark = max((row["due_at"], row["chunk_id"]) for row in rows) if is_full else None
+        return rows
 
     @translated
     async def heartbeat(self, lease: Lease, chunk_ids: Sequence[int] | None = None) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
+    DateTime,
     Integer,
     Interval,
     Text,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    tuple_,
     union_all,
     update,
 )
@@ -70,9 +72,9 @@ def _is_ours() -> ColumnElement[bool]:
 
 
 @lru_cache(maxsize=64)
-def claim(limit: int) -> Prepared:
+def claim(limit: int, *, after: bool = False) -> Prepared:
     """Lease due jobs, skipping those that others are claiming. Parameters: token, duration, asked (the provider),
-    failed (how many failures are too many).
+    failed (how many failures are too many); where it is ``after`` a job, that one's due_at and chunk_id.
 
     The longest due come first. Up to the first one whose lease ran out; that one comes alone: its worker may have died
     of it, and its neighbours shall not.
@@ -80,9 +82,15 @@ def claim(limit: int) -> Prepared:
     job, chunk = EmbeddingJob, KnowledgeChunk
     order = (job.available_at, job.chunk_id)
     # A CTE is a fence: without it the planner may lock more rows than LIMIT says.
+    conditions = [job.available_at <= func.now(), ~exists().where(_is_paused())]
+    if after:
+        conditions.append(
+            tuple_(*order)
+            > tuple_(bindparam("due_at", type_=DateTime(True)), bindparam("chunk_id", type_=BigInteger()))
+        )
     due = (
         select(*order, job.lease_token.is_not(None).label("ran_out"))
-        .where(job.available_at <= func.now(), ~exists().where(_is_paused()))
+        .where(*conditions)
         .order_by(*order)
         # Part of the statement: planned for any limit it reads a tenth of the tables, or is planned anew each time.
         .limit(literal_column(str(limit)))
@@ -111,7 +119,11 @@ def claim(limit: int) -> Prepared:
         .offset(literal_column("0"))
         .lateral("text")
     )
-    read = select(leased, text).join(text, true()).cte("read")
+    read = (
+        select(leased, text, due.c.available_at.label("due_at"))
+        .select_from(leased.join(text, true()).join(due, due.c.chunk_id == leased.c.chunk_id))
+        .cte("read")
+    )
     # pending -> processing, passing over locked sources: the claim must not wait for them.
     source = KnowledgeSource
     pending = (

@@ -845,3 +845,33 @@ async def test_only_the_sources_of_what_was_buried_are_blamed(database: Database
         await queue.bury(lease, [lost_chunk, held_chunk], ErrorCode.SERVER_ERROR)
     assert (await source(database, lost_source)).error_code == "EARLIER"
     assert (await source(database, held_source)).error_code == "SERVER_ERROR"
+
+
+# Where claims begin
+
+
+async def test_what_comes_before_the_last_claimed_is_found_a_moment_later(
+    database: Database, queue: EmbeddingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ids = await add(database, *"abcdef")
+    first = await queue.claim(2)
+    # A transaction that began earlier commits only now.
+    _, [late] = await add(database, "late")
+    await sql(
+        database, "UPDATE embedding_jobs SET available_at = now() - interval '1 hour' WHERE chunk_id = :id", id=late
+    )
+    await queue.defer(first, first.chunk_ids, -timedelta(minutes=30))
+    assert (await queue.claim(2)).chunk_ids == tuple(ids[2:4])
+    monkeypatch.setattr(embedding_queue, "FRONT_INTERVAL", 0.0)
+    assert (await queue.claim(2)).chunk_ids == (ids[0], late)
+    assert (await queue.claim(10)).chunk_ids == (ids[1], *ids[4:])
+
+
+async def test_the_end_of_the_queue_is_only_said_from_its_front(database: Database, queue: EmbeddingQueue) -> None:
+    _, ids = await add(database, *"abcd")
+    first = await queue.claim(2)
+    second = await queue.claim(2)
+    await queue.defer(first, first.chunk_ids, -timedelta(minutes=1))
+    assert (await queue.claim(2)).chunk_ids == tuple(ids[:2])
+    assert second.chunk_ids == tuple(ids[2:])
+    assert (await queue.claim(2)).chunk_ids == ()

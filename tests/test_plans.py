@@ -43,6 +43,15 @@ async def test_claim(planner: Planner) -> None:
     assert not re.search("Seq Scan on (embedding_jobs|knowledge)", plan)
 
 
+async def test_claim_after_the_last_one(planner: Planner) -> None:
+    values = {"token": uuid4(), "duration": timedelta(minutes=5), "asked": "model", "failed": 3}
+    plan = await planner.of(queue_statements.claim(100, after=True), {**values, "due_at": JUNE, "chunk_id": 1})
+    due = plan[plan.index("CTE due") : plan.index("CTE leased")]
+    assert "Index Scan using idx_embedding_jobs_available_at" in due
+    # Where the scan begins, and no filter on what it reads.
+    assert re.search(r"Index Cond: .*ROW\(available_at, chunk_id\) > ROW", due)
+
+
 async def test_when_a_job_is_due(planner: Planner) -> None:
     assert "using idx_embedding_jobs_available_at" in await planner.of(queue_statements.next_due(), {})
 
