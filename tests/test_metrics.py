@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -186,12 +187,23 @@ async def test_pools_are_counted_together_for_as_long_as_they_live(migrated_url:
 def test_a_scrape_while_pools_come_and_go_fails_never(migrated_url: URL) -> None:
     """A set that changes under its iteration raises; a scrape runs in a thread of its own."""
     settings = settings_for(migrated_url)
-    kept = []
-    with ThreadPoolExecutor(1) as threads:
-        scraping = threads.submit(lambda: [metrics.pool_sizes() for _ in range(3000)])
-        while not scraping.done():
-            kept.append(Database(migrated_url, settings))
-    assert len(scraping.result()) == 3000
+    done = threading.Event()
+
+    def scrape() -> None:
+        while not done.is_set():
+            metrics.pool_sizes()
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            scraping = threads.submit(scrape)
+            kept = [Database(migrated_url, settings) for _ in range(300)]
+            done.set()
+            scraping.result()
+    finally:
+        sys.setswitchinterval(switching)
+    assert len(kept) == 300
 
 
 WITHOUT = """
