@@ -170,7 +170,7 @@ class EmbeddingWorker:
             if current.errors:
                 raise current.errors[0]
             total += current.report
-            if not current.report.claimed or stop.is_set():
+            if not current.report.claimed:
                 due = await self._queue.next_due()
                 # Not at once: what is due and was not claimed is locked by somebody.
                 return total, None if due is None else max(due, _SOON)
