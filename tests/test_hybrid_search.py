@@ -184,6 +184,16 @@ async def test_later_pages_fuse_as_many_as_they_need(session: AsyncSession, corp
     assert summary(await hybrid(session, "雨", vector, offset=200, fusion=fusion)) == ([], "hybrid", True)
 
 
+async def test_pages_beyond_the_candidates_are_those_of_a_longer_result(session: AsyncSession, corpus: Corpus) -> None:
+    """By default fifty of each side are fused; later pages fuse more."""
+    vector = vectors(1, seed=6)[0]
+    for offset in (0, 45, 60, 70):
+        longer = await hybrid(session, "東京 tower 雨", vector, top_k=offset + 10)
+        page = await hybrid(session, "東京 tower 雨", vector, offset=offset)
+        assert summary(page) == (ids(longer)[offset:], "hybrid", True)
+        assert len(page.hits) == 10
+
+
 async def test_without_words_to_look_for_meaning_alone_is_left(session: AsyncSession, corpus: Corpus) -> None:
     vector, none = vectors(1, seed=3)[0], Fusion(neighbour_penalty=0)
     meaning = await SearchRepository(session).nearest(vector, model=MODEL, filters=GUILD)
@@ -211,6 +221,38 @@ async def test_a_phrase_must_occur_in_what_the_words_find(session: AsyncSession)
     await add(session, [far], texts=["night view"], guild_id=2)
     assert set(ids(await hybrid(session, '"night view" Tokyo', vector))) == {near, with_phrase}
     assert set(ids(await hybrid(session, "night view Tokyo", vector))) == {near, with_phrase, without}
+
+
+async def test_a_phrase_within_a_word_is_looked_for_where_the_guess_finds_too_little(session: AsyncSession) -> None:
+    vector = vectors(1)[0]
+    within, beginning = await add(session, [None, None], texts=["a watchtower", "a tower"], guild_id=1)
+    assert summary(await hybrid(session, '"tower"', vector)) == ([beginning, within], "hybrid", True)
+    assert ids(await hybrid(session, '"tower"', vector, top_k=1)) == [beginning]
+
+
+async def test_light_words_are_looked_for_where_the_heavy_ones_find_too_little(session: AsyncSession) -> None:
+    heavy, vector = "zeppelin quagga obelisk fjord axolotl sphinx nimbus kelp", vectors(1)[0]
+    texts = [f"{heavy} common", *["common"] * 20]
+    one, *light = await add(session, [None] * len(texts), texts=texts, guild_id=1)
+    await session.execute(text("SELECT kotonoha_refresh_terms(true)"))
+    assert ids(await hybrid(session, f"{heavy} common", vector, top_k=1)) == [one]
+    assert summary(await hybrid(session, f"{heavy} common", vector, top_k=30)) == ([one, *light], "hybrid", True)
+
+
+async def test_more_words_than_are_looked_for_may_hide_something(session: AsyncSession) -> None:
+    texts = [f"word{number}" for number in range(70)]
+    await add(session, [None] * len(texts), texts=texts, guild_id=1)
+    for count, complete in ((64, True), (65, False)):
+        result = await hybrid(session, " ".join(texts[:count]), vectors(1)[0], top_k=100)
+        assert (len(result.hits), result.complete) == (64, complete)
+
+
+async def test_what_only_a_second_look_finds_is_no_mismatch_of_models(session: AsyncSession) -> None:
+    vector = vectors(1)[0]
+    (within,) = await add(session, [vector], texts=["a watchtower"], guild_id=1, model=OTHER)
+    assert ids(await hybrid(session, '"tower"', vector)) == [within]
+    with pytest.raises(ModelMismatchError, match=OTHER):
+        await hybrid(session, '"castle"', vector)
 
 
 async def test_other_models_and_what_waits_have_no_similarity(session: AsyncSession) -> None:

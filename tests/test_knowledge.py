@@ -288,8 +288,9 @@ async def test_an_unknown_source_is_refused(knowledge: KnowledgeRepository, sess
     assert await counts(session) == (0, 0, 0, 0)
 
 
-async def test_two_thousand_chunks_are_two_copies(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    statements: list[str] = []
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What was sent by COPY: into which table, how many rows."""
     copies: list[tuple[str, int]] = []
     original = asyncpg.Connection.copy_records_to_table
 
@@ -298,6 +299,23 @@ async def test_two_thousand_chunks_are_two_copies(database: Database, monkeypatc
         return await original(self, table, records=records, **options)
 
     monkeypatch.setattr(asyncpg.Connection, "copy_records_to_table", copy)
+    return copies
+
+
+async def test_terms_are_copied_in_batches_of_characters_the_titles_included(
+    database: Database, copies: list[tuple[str, int]]
+) -> None:
+    """Each chunk has the words of its title, too: a long one makes many short chunks long."""
+    async with database.begin() as session:
+        knowledge = KnowledgeRepository(session)
+        source_id = await knowledge.add_source(SourceType.WEB_PAGE, "long title " * 1000)
+        await knowledge.add_chunks(source_id, plain(*(f"chunk {n}" for n in range(50))))
+    # 20,000 characters, then 200,000 at a time.
+    assert [rows for table, rows in copies if table == "chunk_terms"] == [2, 19, 19, 10]
+
+
+async def test_two_thousand_chunks_are_two_copies(database: Database, copies: list[tuple[str, int]]) -> None:
+    statements: list[str] = []
     event.listen(
         database.engine.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
     )

@@ -132,6 +132,17 @@ async def test_where_the_guess_finds_enough_nothing_more_is_read(session: AsyncS
     assert await found(session, '"tower"', top_k=1, offset=1) == [within]
 
 
+async def test_a_phrase_in_the_text_comes_before_one_in_the_title_alone(session: AsyncSession) -> None:
+    # First written, and so the first of equals.
+    (in_title,) = await write(session, "dogs", title="a night view")
+    in_text, in_both = await write(session, "dogs at night view", "dogs, night view", title="night view")
+    (between,) = await write(session, "view of dogs", title="one night")
+    assert await found(session, '"night view"') == [in_text, in_both, in_title]
+    # Beside words, which all of them have.
+    assert await found(session, '"night view" dogs') == [in_text, in_both, in_title]
+    assert between not in await found(session, '"night view" dogs', match="all")
+
+
 async def test_several_phrases_must_all_be_there(session: AsyncSession) -> None:
     both, _, _, loose = await write(
         session, "東京タワー and night view", "東京タワー", "night view", "night view of 東京タワー with dogs"

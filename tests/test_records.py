@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kotonoha_store import InvalidInputError, Message, Scope, SearchFilters, SourceType
-from kotonoha_store.checks import BIGINT_MAX, JSON_MAX_DEPTH, check_json, check_text, in_utc
-from kotonoha_store.search_records import FILTER_MAX_DEPTH, FILTER_MAX_PARTS, CombinedFilters
+from kotonoha_store.checks import BIGINT_MAX, JSON_MAX_DEPTH, check_count, check_json, check_number, check_text, in_utc
+from kotonoha_store.search_records import FILTER_MAX_DEPTH, FILTER_MAX_PARTS, AnyFilters, CombinedFilters
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -375,6 +375,14 @@ def test_operators_join_what_they_are_given() -> None:
     assert ~~guild == CombinedFilters(op="not", parts=(CombinedFilters(op="not", parts=(guild,)),))
 
 
+@pytest.mark.parametrize("filters", [guild, empty, guild | channel, ~guild])
+def test_filters_are_neither_true_nor_false(filters: AnyFilters) -> None:
+    """By Python's own `and`, `or`, `not` one of them would be lost, and with it a scope."""
+    for ask in (lambda: filters and channel, lambda: filters or channel, lambda: not filters, lambda: bool(filters)):
+        with pytest.raises(InvalidInputError, match=r"& \| ~"):
+            ask()
+
+
 @pytest.mark.parametrize(
     "other", [None, {}, {"guild_id": 1}, 1, True, "x", [guild], {guild}, SearchFilters, Message.user("x")]
 )
@@ -536,6 +544,13 @@ def test_text_passes_exactly_when_postgresql_can_store_it(value: str) -> None:
             check_text(value)
     else:
         assert check_text(value) is value
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_a_number_too_long_for_a_float_is_out_of_range(value: int) -> None:
+    for check in (check_number, check_count):
+        with pytest.raises(InvalidInputError, match="from 0 to 1, got"):
+            check(value, "share", 0, 1)
 
 
 def test_a_time_without_a_zone_is_no_instant() -> None:

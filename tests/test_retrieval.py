@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+import asyncpg
 import numpy as np
 import pytest
 from conftest import settings_for
@@ -28,7 +29,11 @@ from kotonoha_store import (
     Settings,
     SourceType,
     Store,
+    StoreUnavailableError,
 )
+from kotonoha_store.database import translated_errors
+from kotonoha_store.search_records import AnyFilters
+from kotonoha_store.selectivity import Remembered, Selectivity
 
 
 async def found(session: AsyncSession, query: Vectors, **filters: Any) -> set[int]:
@@ -454,6 +459,41 @@ async def test_a_store_searches_by_vector_with_the_model_named(store: Store) -> 
     assert ids(result) == [chunk_id]
     with pytest.raises(InvalidInputError, match="blank"):
         await store.search(" \n", everywhere=True)
+
+
+async def test_a_text_is_not_said_to_be_of_another_model(store: Store) -> None:
+    await store.add_document("title", "text", guild_id=1)
+    own = store.embedder.model
+    wrong: list[dict[str, Any]] = [
+        {"model": MODEL},
+        {"model": MODEL, "mode": "hybrid"},
+        {"model": own, "mode": "words"},
+    ]
+    for options in wrong:
+        with pytest.raises(InvalidInputError, match="model= says who made a vector"):
+            await store.search("text", everywhere=True, **options)
+    # What is so anyway may be said.
+    result = await store.search("text", everywhere=True, model=own, mode="hybrid")
+    assert len(result.hits) == 1
+
+
+@pytest.mark.parametrize(("number", "is_remembered"), [(10_000, True), (10_001, False)])
+async def test_filters_with_very_many_values_are_not_remembered(
+    session: AsyncSession, number: int, is_remembered: bool
+) -> None:
+    """They are kept for a minute as they are, thousands of them."""
+    known: Remembered[AnyFilters, Selectivity] = Remembered()
+    wanted = SearchFilters(source_ids=range(1, number + 1))
+    search = SearchRepository(session, selectivities=known)
+    await search.nearest(vectors(1)[0], model=MODEL, filters=wanted)
+    assert (known.get(wanted) is not None) == is_remembered
+
+
+def test_a_driver_that_lost_its_way_is_an_unavailable_store() -> None:
+    """A cancelled statement can leave asyncpg so; the connection is done for, the database is not."""
+    with pytest.raises(StoreUnavailableError, match="InternalClientError") as caught, translated_errors():
+        raise asyncpg.exceptions.InternalClientError("got result for unknown protocol state 3")
+    assert "protocol state" not in str(caught.value)
 
 
 async def test_a_location_that_is_no_object_does_not_spoil_a_search(store: Store) -> None:

@@ -151,6 +151,19 @@ def test_remembered_for_a_minute(clock: list[float]) -> None:
     assert known.get("a") == 2
 
 
+def test_what_is_past_its_time_takes_no_memory(clock: list[float]) -> None:
+    known: Remembered[int, int] = Remembered()
+    for key in range(3):
+        known.put(key, key)
+        clock[0] += 20
+    clock[0] += 15
+    known.put(3, 3)
+    assert list(known._known) == [1, 2, 3]
+    clock[0] += 100
+    known.put(4, 4)
+    assert list(known._known) == [4]
+
+
 def test_the_oldest_is_forgotten_first(clock: list[float]) -> None:
     known: Remembered[int, Any] = Remembered(size=3)
     for key in (1, 2, 3, 1, 4):

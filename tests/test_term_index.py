@@ -19,6 +19,7 @@ from kotonoha_store import (
     KnowledgeRepository,
     NewChunk,
     Scope,
+    SearchFilters,
     SourceType,
     migrations,
 )
@@ -95,6 +96,11 @@ async def many(database: Database, count: int, *, first: int = 1, term: str = "a
 async def refresh(database: Database, *, force: bool = False) -> None:
     async with database.begin() as session:
         await refresh_terms(session, force=force)
+
+
+async def delete(database: Database, filters: SearchFilters) -> int:
+    async with database.begin() as session:
+        return (await KnowledgeRepository(session).delete_chunks(filters)).chunks
 
 
 async def frequencies(database: Database) -> dict[str, float]:
@@ -291,6 +297,33 @@ async def test_a_gap_in_the_ids_is_counted_by_the_newest(database: Database) -> 
     assert (await frequencies(database))["newest"] == 1.0
 
 
+async def test_growth_below_an_id_far_above_the_others_is_seen_by_the_size(database: Database) -> None:
+    await many(database, 100)
+    await many(database, 1, first=10**12)
+    await refresh(database)
+    await many(database, 100, first=101, term="later")
+    await refresh(database)
+    # Little has changed, as far as the largest id and the size tell.
+    assert (await frequencies(database)).get("later") is None
+    await many(database, 1500, first=201, term="x" * 1500)
+    await refresh(database)
+    found = await frequencies(database)
+    assert (found["later"], found[""]) == (pytest.approx(100 / 1701), 1701.0)
+
+
+async def test_words_of_a_deleted_source_are_forgotten(database: Database) -> None:
+    for content in ("gone stays", "stays"):
+        await add(database, content, title=content)
+    await refresh(database, force=True)
+    assert (await frequencies(database))["gone"] == 0.5
+    sources = await sql(database, "SELECT id FROM knowledge_sources ORDER BY id")
+    for source_id, left in zip(sources, (1.0, None), strict=True):
+        async with database.begin() as session:
+            await KnowledgeRepository(session).delete_source(source_id)
+        found = await frequencies(database)
+        assert (found.get("gone"), found.get("stay")) == (None, left)
+
+
 async def test_after_a_vacuum_a_gap_hides_no_chunk(migrated_url: URL, database: Database) -> None:
     await many(database, 2600)
     await many(database, 1000, first=10**12)
@@ -320,6 +353,33 @@ async def test_two_who_count_at_once_do_not_wait_for_each_other(database: Databa
         await asyncio.wait_for(add(database, "a", "b"), 10)
         assert await frequencies(database) == {}
     assert (await frequencies(database))["all"] == 1.0
+
+
+async def test_who_deletes_does_not_wait_for_who_is_counting(database: Database) -> None:
+    await add(database, "a", scope=Scope(guild_id=1))
+    async with database.begin() as adding:
+        knowledge = KnowledgeRepository(adding)
+        source_id = await knowledge.add_source(SourceType.WEB_PAGE, "other")
+        await knowledge.add_chunks(source_id, [NewChunk(f"text {number}") for number in range(50)])
+        # Counted anew, and not committed.
+        assert (await adding.execute(text(COUNTED))).scalar() == 51.0
+        assert await asyncio.wait_for(delete(database, SearchFilters(guild_id=1)), 10) == 1
+    assert len(await stored(database)) == 50
+
+
+async def test_who_sees_an_old_snapshot_adds_and_leaves_the_counting_to_others(database: Database) -> None:
+    await add(database, "a")
+    async with database.engine.connect() as connection:
+        await connection.execution_options(isolation_level="REPEATABLE READ")
+        async with AsyncSession(connection) as session, session.begin():
+            await terms_in(session)
+            # Counted meanwhile: to write the same rows would be a failure of the whole transaction.
+            await refresh(database, force=True)
+            knowledge = KnowledgeRepository(session)
+            source_id = await knowledge.add_source(SourceType.WEB_PAGE, "t")
+            await knowledge.add_chunks(source_id, [NewChunk(f"late {number}") for number in range(9)])
+    assert len(await stored(database)) == 10
+    assert (await frequencies(database)).get("late") is None
 
 
 async def test_many_who_add_at_once(database: Database) -> None:
@@ -378,6 +438,18 @@ async def test_a_role_that_owns_nothing_adds_and_counts(role_url: URL, database:
         await add(application, "one", "two")
     assert await sql(database, PENDING) == [0]
     assert (await frequencies(database))["one"] == 0.5
+
+
+async def test_a_role_that_may_not_read_how_rare_words_are_adds_and_deletes(
+    role_url: URL, migrated_url: URL, database: Database
+) -> None:
+    await run_sql(migrated_url, f'REVOKE ALL ON term_frequencies FROM "{role_url.username}"')
+    async with Database(role_url, settings_for(role_url)) as application:
+        await add(application, "one", "two", scope=Scope(guild_id=1))
+        await add(application, "three")
+        assert "two" in await frequencies(database)
+        assert await delete(application, SearchFilters(guild_id=1)) == 2
+    assert "two" not in await frequencies(database)
 
 
 @pytest.mark.parametrize("where", ["other", "pg_temp"])

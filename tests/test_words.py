@@ -104,6 +104,14 @@ def test_folding_ends_for_every_character() -> None:
                 assert fold(folded) == folded
 
 
+@pytest.mark.parametrize("marks", ["\u0301", "\u0301\u0323", "\u3099"])
+def test_of_very_many_marks_on_one_letter_thirty_are_kept(marks: str) -> None:
+    """To put 200,000 of them in order would take minutes."""
+    first = (marks * 30)[:30]
+    assert fold(f"か{marks * 100_000}き") == fold(f"か{first}き")
+    assert fold(f"か{first[:-1]}き") != fold(f"か{first}き")
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
