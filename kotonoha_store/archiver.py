@@ -1,6 +1,7 @@
 """From short-term to long-term memory: :class:`SessionArchiver`."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -8,23 +9,17 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, func, null, select, text, update
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from kotonoha_store import metrics
-from kotonoha_store.archive_pieces import Pieces, Rules, Snapshot, channel_url, lock_key, make_pieces
+from kotonoha_store import archive_writes, metrics
+from kotonoha_store.archive_pieces import Rules, Snapshot, make_pieces
 from kotonoha_store.archive_restore import RestoredSession, restore_source
 from kotonoha_store.checks import check_id
-from kotonoha_store.columns import AnyRow, AnySelect
-from kotonoha_store.database import Database, translated
+from kotonoha_store.database import Database, translated, translated_errors
 from kotonoha_store.errors import InvalidInputError, NotFoundError, StoreTimeoutError, StoreUnavailableError
 from kotonoha_store.events import log_event
-from kotonoha_store.knowledge import KnowledgeRepository
-from kotonoha_store.models import KnowledgeSource, Session
-from kotonoha_store.records import Scope, SessionStatus, SourceStatus, SourceType
+from kotonoha_store.records import SCOPE_FIELDS, Scope, SessionStatus
 from kotonoha_store.service_loop import run_service
-from kotonoha_store.sessions import DueSession, RequestedSession, SessionRepository, request_archiving
+from kotonoha_store.sessions import DueSession, RequestedSession, SessionRepository
+from kotonoha_store.term_index import refresh_terms
 from kotonoha_store.wakeup import ARCHIVE_CHANNEL, Listener
 
 logger = logging.getLogger(__name__)
@@ -199,7 +194,16 @@ class SessionArchiver:
             StoreUnavailableError: the database did not answer.
         """
         check_id(session_id, "session_id")
-        return await self._archive(session_id, is_in_use=False)
+        archived = await self._archive(session_id, is_in_use=False)
+        if archived is not None and archived.chunks:
+            await self._refresh_terms()
+        return archived
+
+    async def _refresh_terms(self) -> None:
+        """Apart from the archive: merging is one at a time, and found are the words in any case."""
+        async with self._database.transaction() as connection:
+            with translated_errors():
+                await refresh_terms(connection)
 
     @translated
     async def restore(self, source_id: int, *, session_key: str | None = None) -> RestoredSession:
@@ -251,6 +255,7 @@ class SessionArchiver:
         # Each once in a pass: what has failed would fail again, and what keeps growing would keep the pass from ending.
         new = [session_id for session_id in session_ids if session_id not in batch.seen]
         batch.seen.update(new)
+        known = len(batch.done)
         try:
             async with asyncio.TaskGroup() as group:
                 for session_id in new:
@@ -258,6 +263,8 @@ class SessionArchiver:
         except ExceptionGroup as errors:
             # The first is why the others were cancelled.
             raise errors.exceptions[0] from errors.exceptions[0].__cause__
+        if any(entry.chunks for entry in batch.done[known:]):
+            await self._refresh_terms()
 
     async def _guarded(self, session_id: int, batch: "_Batch", *, is_in_use: bool) -> None:
         async with batch.limit:
@@ -305,59 +312,31 @@ class SessionArchiver:
 
     @translated
     async def _archive_once(self, session_id: int, *, is_in_use: bool) -> ArchivedSession | None:
-        async with self._database.begin() as session:
-            # Whoever has it in hand has read it already: no second one shall read and split it for nothing.
-            if not (await session.execute(_try_lock(session_id))).scalar_one():
-                return None
+        async with self._database.driver() as driver, driver.transaction(isolation="read_committed"):
             while True:
-                row = (await session.execute(_snapshot(session_id))).one_or_none()
+                row = await archive_writes.take(driver, session_id)
                 if row is None:
+                    return None
+                if row["id"] is None:
                     raise NotFoundError(f"session {session_id} is gone; nothing was archived")
-                snapshot = _read(row)
-                if row.status is SessionStatus.ARCHIVED or (is_in_use and not snapshot.is_too_long):
+                if row["status"] == SessionStatus.ARCHIVED or (is_in_use and not row["is_too_long"]):
                     return None
                 # Off the event loop, and before the lock: reading and splitting long sessions is work.
-                pieces = await asyncio.to_thread(make_pieces, snapshot, self._rules, is_in_use=is_in_use)
-                locked = (await session.execute(_lock(session_id))).one_or_none()
-                if locked is not None and locked.rewrite_version == snapshot.rewrite_version:
-                    return await self._write(session, snapshot, pieces, locked.length)
-                # Rewritten: once more, now under the lock, so that this ends.
+                prepared = await asyncio.to_thread(_prepare, row, self._rules, is_in_use=is_in_use)
+                written = await archive_writes.write_session(driver, prepared, self._rules)
+                if written is not None:
+                    return await self._finish(driver, prepared, written["source_id"])
+                # Rewritten meanwhile: once more, now under the lock, so that this ends.
+                await archive_writes.lock(driver, session_id)
 
-    async def _write(self, session: AsyncSession, snapshot: Snapshot, pieces: Pieces, length: int) -> ArchivedSession:
-        """Source, chunks and the pruned session: all or nothing. The row is locked."""
-        upto = pieces.upto
-        status = SessionStatus.ARCHIVED if length == upto else SessionStatus.ACTIVE
-        if not pieces.is_source and not snapshot.is_too_long:
-            # Too little to remember by itself; should the session go on, it is archived with the rest.
-            await session.execute(_mark(snapshot.id, status))
+    async def _finish(self, driver: Any, prepared: archive_writes.Prepared, source_id: int | None) -> ArchivedSession:
+        snapshot, pieces = prepared.snapshot, prepared.pieces
+        if source_id is None:
             return ArchivedSession(snapshot.id, None, 0, 0)
-        source_id = await self._add_source(session, snapshot, pieces) if pieces.is_source else None
-        keep = min(self._rules.overlap, upto)
-        is_too_long = length - (upto - keep) > self._rules.max_messages
-        await session.execute(
-            _prune(snapshot.id, removed=upto - keep, archived=keep, status=status, is_too_long=is_too_long)
-        )
-        if is_too_long:
-            await request_archiving(session)
-        return ArchivedSession(snapshot.id, source_id, upto - snapshot.archived, len(pieces.chunks))
-
-    async def _add_source(self, session: AsyncSession, snapshot: Snapshot, pieces: Pieces) -> int:
-        knowledge = KnowledgeRepository(session, insert_batch_size=self._insert_batch_size)
-        source_id = await knowledge.add_source(
-            SourceType.DISCORD_SESSION,
-            pieces.title,
-            uri=channel_url(snapshot.scope),
-            scope=snapshot.scope,
-            metadata=pieces.metadata,
-            origin=(snapshot.id, snapshot.offset + snapshot.archived),
-            session_key=snapshot.session_key,
-            archived_messages=_raw(snapshot.id, snapshot.archived, pieces.upto),
-        )
-        if pieces.chunks:
-            await knowledge.add_chunks(source_id, pieces.chunks)
-        else:
-            await session.execute(_complete(source_id))
-        return source_id
+        for start in range(0, len(prepared.chunks), self._insert_batch_size):
+            batch = prepared.chunks[start : start + self._insert_batch_size]
+            await archive_writes.write_chunks(driver, source_id, snapshot.scope, batch)
+        return ArchivedSession(snapshot.id, source_id, pieces.upto - snapshot.archived, len(prepared.chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,91 +359,16 @@ class _Batch:
         )
 
 
-def _try_lock(session_id: int) -> AnySelect:
-    return select(func.pg_try_advisory_xact_lock(lock_key(session_id)))
-
-
-def _snapshot(session_id: int) -> AnySelect:
-    return select(
-        Session.id,
-        Session.session_key,
-        Session.session_type,
-        Session.status,
-        Session.guild_id,
-        Session.channel_id,
-        Session.thread_id,
-        Session.user_id,
-        Session.messages,
-        Session.messages_offset,
-        Session.last_archived_message_index,
-        Session.rewrite_version,
-        Session.archive_requested_at.is_not(None).label("is_too_long"),
-    ).where(Session.id == session_id)
-
-
-def _read(row: AnyRow) -> Snapshot:
-    return Snapshot(
-        id=row.id,
-        session_key=row.session_key,
-        session_type=row.session_type,
-        scope=Scope(row.guild_id, row.channel_id, row.thread_id, row.user_id),
-        stored=row.messages,
-        offset=row.messages_offset,
-        archived=row.last_archived_message_index,
-        rewrite_version=row.rewrite_version,
-        is_too_long=row.is_too_long,
+def _prepare(row: Any, rules: Rules, *, is_in_use: bool) -> archive_writes.Prepared:
+    snapshot = Snapshot(
+        id=row["id"],
+        session_key=row["session_key"],
+        session_type=row["session_type"],
+        scope=Scope(*(row[name] for name in SCOPE_FIELDS)),
+        stored=json.loads(row["messages"]),
+        offset=row["messages_offset"],
+        archived=row["last_archived_message_index"],
+        rewrite_version=row["rewrite_version"],
+        is_too_long=row["is_too_long"],
     )
-
-
-def _lock(session_id: int) -> AnySelect:
-    """Appends wait for this lock; what they add comes after the messages that are archived."""
-    return (
-        select(Session.rewrite_version, func.jsonb_array_length(Session.messages).label("length"))
-        .where(Session.id == session_id)
-        .with_for_update(key_share=True)
-    )
-
-
-def _mark(session_id: int, status: SessionStatus) -> Any:
-    return (
-        update(Session)
-        .where(Session.id == session_id)
-        .values(status=status, version=Session.version + 1)
-        .execution_options(synchronize_session=False)
-    )
-
-
-def _raw(session_id: int, first: int, end: int) -> ColumnElement[Any]:
-    """The messages as they stand there; on the way through Python long numbers would lose digits."""
-    path = text(f"'$[{first:d} to {end - 1:d}]'::jsonpath")
-    messages = func.jsonb_path_query_array(Session.messages, path, type_=JSONB())
-    return select(messages).where(Session.id == session_id).scalar_subquery()
-
-
-def _complete(source_id: int) -> Any:
-    """A source without chunks: nothing waits."""
-    return update(KnowledgeSource).where(KnowledgeSource.id == source_id).values(status=SourceStatus.COMPLETED)
-
-
-def _prune(session_id: int, *, removed: int, archived: int, status: SessionStatus, is_too_long: bool) -> Any:
-    """Cut ``removed`` messages off the front of the array as it is now, later appends included.
-
-    Many of those make it ask for archiving once more.
-    """
-    rest: ColumnElement[Any] = func.jsonb_path_query_array(
-        Session.messages, text(f"'$[{removed:d} to last]'::jsonpath"), type_=JSONB()
-    )
-    return (
-        update(Session)
-        .where(Session.id == session_id)
-        .values(
-            messages=rest,
-            messages_offset=Session.messages_offset + removed,
-            last_archived_message_index=archived,
-            status=status,
-            archive_requested_at=func.now() if is_too_long else null(),
-            version=Session.version + 1,
-            rewrite_version=Session.rewrite_version + 1,
-        )
-        .execution_options(synchronize_session=False)
-    )
+    return archive_writes.make_rows(snapshot, make_pieces(snapshot, rules, is_in_use=is_in_use))

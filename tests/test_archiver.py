@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 from archiving import NOON, NOW, append, archiver, before_writing, chunks, load, query, said, snapshot, sources, talk
 from conftest import settings_for
-from sqlalchemy import URL, text
+from sqlalchemy import URL
 
 from kotonoha_store import (
     ArchivedSession,
     ArchiveReport,
     Database,
     InvalidInputError,
-    KnowledgeRepository,
     Message,
     NotFoundError,
     SessionArchiver,
@@ -22,6 +21,7 @@ from kotonoha_store import (
     SessionStatus,
     StoreTimeoutError,
     StoreUnavailableError,
+    archive_writes,
 )
 
 # What is written
@@ -350,18 +350,18 @@ async def test_never_more_at_once_than_allowed(database: Database, monkeypatch: 
         await append(database, f"k{number}", talk(1))
     running = 0
     most = 0
-    original = KnowledgeRepository.add_chunks
+    original = archive_writes.write_chunks
 
-    async def counted(self: KnowledgeRepository, *arguments: Any) -> Any:
+    async def counted(*arguments: Any) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
         try:
-            return await original(self, *arguments)
+            await original(*arguments)
         finally:
             running -= 1
 
-    monkeypatch.setattr(KnowledgeRepository, "add_chunks", counted)
+    monkeypatch.setattr(archive_writes, "write_chunks", counted)
     assert (await archiver(database, concurrency=2).run_once(NOW)).archived == 8
     assert most == 2
 
@@ -372,14 +372,14 @@ async def test_never_more_at_once_than_allowed(database: Database, monkeypatch: 
 async def test_a_crash_between_leaves_everything_as_it_was(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     session_id = await append(database, "k", talk(4))
     before = await snapshot(database)
-    original = KnowledgeRepository.add_chunks
+    original = archive_writes.write_chunks
 
-    async def add_and_crash(self: KnowledgeRepository, *arguments: Any) -> Any:
-        await original(self, *arguments)
+    async def write_and_crash(*arguments: Any) -> None:
+        await original(*arguments)
         raise RuntimeError("the power went out")
 
     with monkeypatch.context() as patch:
-        patch.setattr(KnowledgeRepository, "add_chunks", add_and_crash)
+        patch.setattr(archive_writes, "write_chunks", write_and_crash)
         with pytest.raises(RuntimeError, match="power"):
             await archiver(database).archive(session_id)
         assert await snapshot(database) == before
@@ -404,8 +404,11 @@ async def test_a_cancelled_archive_is_done_or_undone(database: Database) -> None
         )
         assert {(row[0], row[1]) for row in archived} <= {("active", 0), ("archived", 1)}
         assert {row[2:4] for row in archived} == {(row[4], row[4]) for row in archived}
-    await archiver(database).run_once(NOW)
-    assert len(await sources(database)) == 10
+    # What was cancelled in the midst of its commit is in hand until the server has finished that.
+    async with asyncio.timeout(20):
+        while len(await sources(database)) < 10:
+            await archiver(database).run_once(NOW)
+    assert len(await chunks(database)) == len(await sources(database)) == 10
 
 
 async def test_one_bad_session_does_not_stop_the_others(database: Database) -> None:
@@ -440,14 +443,14 @@ async def test_a_session_too_slow_to_archive_does_not_stop_the_others(
 ) -> None:
     slow = await append(database, "k0", talk(2))
     await append(database, "k1", talk(2))
-    original = KnowledgeRepository.add_source
+    original = archive_writes.write_session
 
-    async def add_source(self: KnowledgeRepository, *arguments: Any, **options: Any) -> int:
-        if options["origin"][0] == slow:
+    async def write_session(driver: Any, prepared: archive_writes.Prepared, *arguments: Any) -> Any:
+        if prepared.snapshot.id == slow:
             raise StoreTimeoutError("too slow")
-        return await original(self, *arguments, **options)
+        return await original(driver, prepared, *arguments)
 
-    monkeypatch.setattr(KnowledgeRepository, "add_source", add_source)
+    monkeypatch.setattr(archive_writes, "write_session", write_session)
     report = await archiver(database).run_once(NOW)
     assert (report.archived, [failed for failed, _ in report.failed]) == (1, [slow])
 
@@ -457,10 +460,10 @@ async def test_a_database_that_is_gone_ends_the_pass(database: Database, monkeyp
         await append(database, f"k{number}", talk(2))
     cause = OSError("cable")
 
-    async def add_source(*_: Any, **__: Any) -> int:
+    async def write_session(*_: Any) -> Any:
         raise StoreUnavailableError("gone") from cause
 
-    monkeypatch.setattr(KnowledgeRepository, "add_source", add_source)
+    monkeypatch.setattr(archive_writes, "write_session", write_session)
     with pytest.raises(StoreUnavailableError, match="gone") as caught:
         await archiver(database).run_once(NOW)
     assert caught.value.__cause__ is cause
@@ -471,16 +474,15 @@ async def test_a_killed_backend_ends_the_pass_with_our_error(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = await append(database, "k", talk(2))
-    original = KnowledgeRepository.add_chunks
+    original = archive_writes.write_chunks
 
-    async def killed(self: KnowledgeRepository, *arguments: Any) -> Any:
-        backend = (await self._session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
-        await query(database, "SELECT pg_terminate_backend(:pid, 5000)", pid=backend)
-        return await original(self, *arguments)
+    async def killed(driver: Any, *arguments: Any) -> None:
+        await query(database, "SELECT pg_terminate_backend(:pid, 5000)", pid=driver.get_server_pid())
+        await original(driver, *arguments)
 
     before = await snapshot(database)
     with monkeypatch.context() as patch:
-        patch.setattr(KnowledgeRepository, "add_chunks", killed)
+        patch.setattr(archive_writes, "write_chunks", killed)
         with pytest.raises(StoreUnavailableError):
             await archiver(database).run_once(NOW)
     assert await snapshot(database) == before

@@ -13,12 +13,12 @@ from archiving import append, archiver, chunks, load, query, snapshot, sources, 
 
 from kotonoha_store import (
     Database,
-    KnowledgeRepository,
     Message,
     SessionArchiver,
     SessionRepository,
     SessionStatus,
     StoreUnavailableError,
+    archive_writes,
     metrics,
     service_loop,
 )
@@ -64,18 +64,18 @@ class Watched:
         self.changed = asyncio.Event()
         self.go_on = asyncio.Event()
         self.go_on.set()
-        original = KnowledgeRepository.add_source
+        original = archive_writes.write_session
 
-        async def add_source(repository: KnowledgeRepository, *arguments: Any, **options: Any) -> int:
-            key = options["session_key"]
+        async def write_session(driver: Any, prepared: archive_writes.Prepared, *arguments: Any) -> Any:
+            key = prepared.snapshot.session_key
             self.keys.append(key)
             self.changed.set()
             await self.go_on.wait()
             if key in self.failing:
                 raise self.failing[key]
-            return await original(repository, *arguments, **options)
+            return await original(driver, prepared, *arguments)
 
-        monkeypatch.setattr(KnowledgeRepository, "add_source", add_source)
+        monkeypatch.setattr(archive_writes, "write_session", write_session)
 
     async def seen(self, count: int) -> None:
         while len(self.keys) < count:

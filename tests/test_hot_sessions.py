@@ -16,15 +16,16 @@ from kotonoha_store import (
     ArchiveReport,
     Database,
     InvalidInputError,
-    KnowledgeRepository,
     Message,
     SessionArchiver,
     SessionRepository,
     SessionStatus,
     Settings,
     Store,
+    archive_writes,
 )
-from kotonoha_store.archive_pieces import Pieces, Rules, Snapshot, make_pieces, settled_point
+from kotonoha_store import archiver as archiver_module
+from kotonoha_store.archive_pieces import Rules, Snapshot, settled_point
 from kotonoha_store.database import connect_arguments, database_url
 from kotonoha_store.records import Scope
 
@@ -281,36 +282,41 @@ async def test_what_another_has_in_hand_is_neither_read_nor_split(
 ) -> None:
     await append(database, "k", talk(11))
     await append(database, "other", talk(2))
-    reading, go_on = asyncio.Event(), asyncio.Event()
-    original = KnowledgeRepository.add_chunks
+    writing, go_on = asyncio.Event(), asyncio.Event()
+    original = archive_writes.write_chunks
 
-    async def slow(self: KnowledgeRepository, *arguments: Any) -> Any:
-        reading.set()
+    async def slow(*arguments: Any) -> None:
+        writing.set()
         await go_on.wait()
-        return await original(self, *arguments)
+        await original(*arguments)
 
     split: list[str] = []
 
-    def counted(snapshot: Snapshot, *arguments: Any, **options: Any) -> Pieces:
-        split.append(snapshot.session_key)
-        return make_pieces(snapshot, *arguments, **options)
+    def counted(row: Any, *arguments: Any, **options: Any) -> archive_writes.Prepared:
+        split.append(row["session_key"])
+        return prepare(row, *arguments, **options)
 
-    monkeypatch.setattr("kotonoha_store.archiver.make_pieces", counted)
+    prepare = archiver_module._prepare
+    monkeypatch.setattr(archiver_module, "_prepare", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(KnowledgeRepository, "add_chunks", slow)
+        patch.setattr(archive_writes, "write_chunks", slow)
         first = asyncio.create_task(archiver(database, max_messages=10).run_once(NOT_QUIET))
-        await reading.wait()
-    statements: list[str] = []
-    event.listen(
-        database.engine.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
-    )
+        async with asyncio.timeout(20):
+            await writing.wait()
+    taken: list[Any] = []
+    take = archive_writes.take
+
+    async def counted_take(*arguments: Any) -> Any:
+        taken.append(await take(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(archive_writes, "take", counted_take)
     # By the quiet way, beside the other one: all that nobody else has.
     async with asyncio.timeout(20):
         report = await archiver(database, max_messages=10).run_once(NOW)
     assert (report.archived, report.messages, report.failed) == (1, 2, ())
     assert split == ["k", "other"]
-    reads = [statement for statement in statements if "sessions.messages_offset" in statement]
-    assert len([statement for statement in reads if statement.startswith("SELECT")]) == 1
+    assert [row and row["session_key"] for row in taken] == [None, "other"], "the first row was not even sent"
     go_on.set()
     assert (await first).messages == 8
     assert len(await sources(database)) == 2
