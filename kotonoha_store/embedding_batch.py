@@ -351,15 +351,17 @@ class EmbeddingBatch:
         """One request, and what follows from its answer."""
         if self._paused is not None:
             return await self._defer(texts, self._paused)
+        failure: Exception | None = None
         started = perf_counter()
         try:
             vectors = await self._provider.vectors([text.content for text in texts])
         except Exception as error:  # noqa: BLE001  whatever an embedder raises
-            code = _code(error)
+            failure = error
+        EMBEDDING_SECONDS.observe(perf_counter() - started)
+        if failure is not None:
+            code = _code(failure)
             EMBEDDING_ERRORS.labels(error_type=str(code)).inc()
-            return await self._after(error, code, texts)
-        finally:
-            EMBEDDING_SECONDS.observe(perf_counter() - started)
+            return await self._after(failure, code, texts)
         if self._has_failed:
             await self._provider.answered()
             self._has_failed = False

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from time import monotonic
 from typing import Final
 
 from kotonoha_store.embedders import Embedder
@@ -16,6 +18,8 @@ from kotonoha_store.records import EmbeddingReport, Lease
 from kotonoha_store.service_loop import run_service
 
 _SOON: Final = timedelta(milliseconds=500)
+# How often, in seconds, the queue is counted at most.
+_COUNT_INTERVAL: Final = 15.0
 
 logger = logging.getLogger(__name__)
 
@@ -133,17 +137,20 @@ class EmbeddingWorker:
         stop = asyncio.Event() if stop is None else stop
         # Somebody may have mended what this provider was paused for: the first pass asks.
         is_first = True
+        counted = -math.inf
 
-        async def work(woken: bool) -> timedelta | None:
-            nonlocal is_first
+        async def work(_woken: bool) -> timedelta | None:
+            nonlocal is_first, counted
             probe, is_first = is_first, False
-            if not woken:
-                await self._queue.depth()  # for its metric
             try:
                 _, wait = await self._pass(stop, probe=probe)
             except EmbedderConfigurationError as error:
                 log_event(logger, logging.ERROR, "embedding_not_configured", error_code=str(error.code))
                 wait = await self._provider.pause(probe=False)
+            # An empty queue is counted each time, so that its end is seen.
+            if wait is None or monotonic() - counted >= _COUNT_INTERVAL:
+                await self._queue.depth()  # for its metric
+                counted = monotonic()
             return wait
 
         async with self._queue.listener(enabled=self._listen) as listener:
