@@ -51,7 +51,6 @@ from common import (
     notes,
     package_versions,
     print_json,
-    rate_ratio,
     run_sql,
     server_versions,
     store_settings,
@@ -59,13 +58,13 @@ from common import (
 from japanese import read_corpus
 from peers import EF_CONSTRUCTION, PEERS, M, Peer, installed, peer_packages
 from pgvector.sqlalchemy import HALFVEC
-from rich.table import Table
 from sqlalchemy import URL, BigInteger, Column, MetaData, Text, bindparam, event, update
 from sqlalchemy import Table as SQLTable
 from sqlalchemy.ext.asyncio import create_async_engine
 from vectors import CHUNKS_A_SOURCE, MODEL, SERVER_OPTIONS, Vectors, pack
 from words import LENGTH
 from words import load as ingest_texts
+from write_figures import Seconds, embedding_figures, ingest_figures, peer_figures, print_figures
 
 from kotonoha_store import EMBEDDING_DIMENSION, HalfVector, KnowledgeChunk, NewChunk, Scope, SourceType, Store
 from kotonoha_store.columns import PackedVector, pack_vectors
@@ -75,8 +74,6 @@ from kotonoha_store.embedding_queue import _write_vectors
 BATCH: Final = 100
 WORD_TEXTS: Final = 6000
 HNSW: Final = f"USING hnsw ({{column}} {{ops}}) WITH (m = {M}, ef_construction = {EF_CONSTRUCTION})"
-
-Seconds = dict[str, list[float]]
 
 
 # Embeddings into rows that wait
@@ -464,10 +461,10 @@ async def measure_plain(url: URL, vectors: Vectors, options: argparse.Namespace)
         await bench.connection.execute("DROP INDEX IF EXISTS idx_chunks_embedding")
         embedding = await measure_embedding(bench, options.rows, options.repeats)
         ingest = await measure_ingest(bench, options.rows, options.repeats, peers=False)
-        figures = _embedding_figures(embedding, options.rows) | _ingest_figures(ingest, options.rows)
+        figures = embedding_figures(embedding, options.rows) | ingest_figures(ingest, options.rows)
         if bench.peers:
             beside = await measure_ingest(bench, options.peer_rows, options.peer_repeats, peers=True)
-            figures["peers"] = _peer_figures(beside, options.peer_rows)
+            figures["peers"] = peer_figures(beside, options.peer_rows)
             figures["rates"]["ingest beside peers"] = median_rate(options.peer_rows, beside["ours"])
         return figures
 
@@ -479,9 +476,9 @@ async def measure_with_hnsw(url: URL, vectors: Vectors, base: Vectors, options: 
         await _load_bases(bench, base)
         ingest = await measure_ingest(bench, rows, options.peer_repeats, peers=True)
         embedding = await measure_embedding(bench, rows, options.peer_repeats)
-        figures = _embedding_figures(embedding, rows) | _ingest_figures(ingest, rows)
+        figures = embedding_figures(embedding, rows) | ingest_figures(ingest, rows)
         if bench.peers:
-            figures["peers"] = _peer_figures(ingest, rows)
+            figures["peers"] = peer_figures(ingest, rows)
         return figures
 
 
@@ -497,56 +494,6 @@ async def _load_bases(bench: Bench, vectors: Vectors) -> None:
         peer.take(chunks)
         await peer.insert()
         await bench.keep_as_base(peer.table, peer.column, peer.operators)
-
-
-def _embedding_figures(seconds: Seconds, rows: int) -> dict[str, Any]:
-    return {
-        "embed_write_ratio_raw": rate_ratio(seconds["fenced/ours"], seconds["fenced/raw"]),
-        "embed_write_ratio_stock": rate_ratio(seconds["update/ours"], seconds["update/stock"]),
-        "update_ratio_raw": rate_ratio(seconds["update/ours"], seconds["update/raw"]),
-        "fenced_ratio_stock_update": rate_ratio(seconds["fenced/ours"], seconds["update/stock"]),
-        "rates": {name: median_rate(rows, measured) for name, measured in seconds.items()},
-    }
-
-
-def _ingest_figures(seconds: Seconds, rows: int) -> dict[str, Any]:
-    ready = seconds.get("copy, records ready")
-    figures: dict[str, Any] = {"ingest_ratio_copy": rate_ratio(seconds["ours"], seconds["copy"])}
-    if ready:
-        figures["ingest_ratio_copy_ready"] = rate_ratio(seconds["ours"], ready)
-    return figures | {"ingest_rates": {name: median_rate(rows, measured) for name, measured in seconds.items()}}
-
-
-def _peer_figures(seconds: Seconds, rows: int) -> dict[str, dict[str, float]]:
-    return {
-        name: {"ingest_ratio": rate_ratio(seconds["ours"], measured), "rate": median_rate(rows, measured)}
-        for name, measured in seconds.items()
-        if name in PEERS
-    }
-
-
-def print_figures(title: str, figures: dict[str, Any]) -> None:
-    """One table: who, how fast, and how much faster we are."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("what")
-    for heading in ("rows/s", "ours / theirs"):
-        table.add_column(heading, justify="right")
-    ratios = {
-        "fenced/raw": figures["embed_write_ratio_raw"],
-        "update/raw": figures["update_ratio_raw"],
-        "update/stock": figures["embed_write_ratio_stock"],
-        "copy": figures["ingest_ratio_copy"],
-        "copy, records ready": figures.get("ingest_ratio_copy_ready"),
-    }
-    peers = figures.get("peers", {})
-    rates = figures["rates"] | {name: rate for name, rate in figures["ingest_rates"].items() if name not in peers}
-    for name, rate in rates.items():
-        ratio = ratios.get(name)
-        shown = f"ingest/{name}" if name in figures["ingest_rates"] else name
-        table.add_row(shown, f"{rate:,.0f}", f"{ratio:.2f}" if ratio else "")
-    for name, figure in peers.items():
-        table.add_row(f"ingest/{name}", f"{figure['rate']:,.0f}", f"{figure['ingest_ratio']:.1f}")
-    console.print(table)
 
 
 async def measure_all(url: URL, options: argparse.Namespace) -> dict[str, Any]:

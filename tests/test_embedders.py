@@ -722,7 +722,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_broken_extra_is_named(fake: type[FakeModel]) -> None:
-    del sys.modules["sentence_transformers"].SentenceTransformer  # type: ignore[attr-defined]
+    del sys.modules["sentence_transformers"].SentenceTransformer
     embedder = SentenceTransformerEmbedder("model")
     with pytest.raises(EmbedderConfigurationError, match=r"kotonoha-store\[local\]"):
         await embedder.embed_query("hello")

@@ -8,9 +8,9 @@ from typing import Any
 import asyncpg
 import pytest
 from conftest import run_sql, settings_for
+from migrating import new_role
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
-from test_migrations import new_role
 
 from kotonoha_store import (
     Database,

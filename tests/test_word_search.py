@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from conftest import settings_for
+from filter_reading import Row, meets, scoped_trees, trees, unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 from searching import DAY, GUILD, JUNE, ids, summary, vectors, watched_store, write
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from test_filters import Row, meets, scoped_trees, trees, unhurried, world
+from test_filters import world
 from word_reference import Known, frequencies, random_text, ranked
 
 from kotonoha_store import (
