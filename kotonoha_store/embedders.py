@@ -246,10 +246,10 @@ class OpenAIEmbedder(_CheckingEmbedder):
             )
         base_name = model.rpartition("/")[2]
         self._requested = model
-        # The length that every answer must have: the one asked for, else that of the first answer.
-        self._length = dimensions
         if dimensions is None and base_name.startswith("text-embedding-3-"):
             dimensions = EMBEDDING_DIMENSION
+        # The length that every answer must have: the one asked for, else that of the first answer.
+        self._length = dimensions
         self._dimensions = dimensions
         super().__init__(model if dimensions in (None, _NATIVE_DIMENSIONS.get(base_name)) else f"{model}@{dimensions}")
         self._timeout = timeout

@@ -251,7 +251,13 @@ async def test_malformed_answers_are_transient(
 
 @pytest.mark.parametrize(
     "behaviour",
-    [nan, infinite, with_number(70000.0), zero, body_is('{"data": [{"index": 0, "embedding": [null, 1.0]}]}')],
+    [
+        nan,
+        infinite,
+        with_number(70000.0),
+        zero,
+        body_is('{"data": [{"index": 0, "embedding": [null' + ", 1.0" * 1535 + "]}]}"),
+    ],
 )
 async def test_unusable_vectors_are_the_texts_fault(
     server: EmbeddingServer, embedder: OpenAIEmbedder, behaviour: Behaviour
@@ -283,10 +289,14 @@ async def test_a_length_that_changes_is_another_model(server: EmbeddingServer) -
     await embedder.aclose()
 
 
-async def test_a_server_that_ignores_the_dimensions_asked_for_is_refused(server: EmbeddingServer) -> None:
-    embedder = OpenAIEmbedder("text-embedding-3-small", base_url=server.base_url, dimensions=256)
-    server.script(dimension(1536))
-    with pytest.raises(EmbedderConfigurationError, match=r"1536.*256"):
+@pytest.mark.parametrize(("asked", "given"), [(256, 1536), (None, 768)])
+async def test_a_server_that_ignores_the_dimensions_asked_for_is_refused(
+    server: EmbeddingServer, asked: int | None, given: int
+) -> None:
+    """Also where the model's own length was asked for: the first answer is held to it."""
+    embedder = OpenAIEmbedder("text-embedding-3-small", base_url=server.base_url, dimensions=asked)
+    server.script(dimension(given))
+    with pytest.raises(EmbedderConfigurationError, match=rf"{given}.*{asked or 1536}"):
         await embedder.embed_documents(TEXTS)
     await embedder.aclose()
 
