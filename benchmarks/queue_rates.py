@@ -8,9 +8,11 @@ in uvloop, as pgqueuer's command does. Autovacuum is on.
 * drain: nothing is computed for a job. Rivals run a function that does nothing; we claim and end the job
   (``queue.finish``, as for a vector that is there already: sources locked, fenced, their status recomputed). Once more
   with real vectors of 1,536 dimensions (``queue.complete``), which no rival writes; their HNSW index is dropped.
-* write: claim and fenced write of real vectors, one worker, without the HNSW index, against hand-written asyncpg on
-  a held connection: one statement that claims under a lease and reads the texts, then in one transaction the
-  fenced DELETE of the jobs and the UPDATE of the chunks by executemany. It does nothing about the sources' status.
+* write: claim and fenced write of real vectors, one worker, without the HNSW index, batch by batch in turn with
+  hand-written asyncpg on a held connection. ``write_ratio_raw``: two statements of its own, a claim under a lease that
+  reads the texts, then in one transaction the fenced DELETE of the jobs and the UPDATE of the chunks by executemany;
+  it looks for no pause, keeps no expired job apart, and does nothing about the sources' status.
+  ``write_ratio_same``: our own statements, all of them, in the same transactions.
 * claim: how long a claim takes at the end of a drain by that at its beginning, without and with a snapshot held open
   all the while, as pg_dump does.
 * buys: how often a chunk is handed out while several workers drain.
@@ -55,14 +57,16 @@ from rich.table import Table
 from sqlalchemy import URL
 from vectors import CHUNKS_A_SOURCE, MODEL, Vectors, pack
 
-from kotonoha_store import Lease, NewChunk, Scope, SourceType, Store
+from kotonoha_store import Lease, NewChunk, Scope, SourceType, Store, queue_statements
 from kotonoha_store.database import register_codecs
+from kotonoha_store.embedding_queue import OUTAGE_FAILURES
+from kotonoha_store.prepared import Prepared
 
 SOURCES_A_COMMIT: Final = 100
 VECTORS: Final = 10_000
 LEASE: Final = timedelta(minutes=5)
 SETTLING: Final = 10
-"""Claims of each worker before those that count as its first: statements are prepared and plans chosen meanwhile."""
+"""Claims of each worker before those that count: statements are prepared and plans chosen meanwhile."""
 CLAIMS: Final = 10
 """Whose median is taken at either end."""
 CALL: Final = 0.002
@@ -74,6 +78,11 @@ Figures = dict[str, Any]
 
 
 # What is measured
+
+
+def vectors_for(vectors: Vectors, ids: Sequence[int]) -> Vectors:
+    """The vectors that an embedder would give for these chunks: float32, shape (len(ids), 1536)."""
+    return vectors[np.asarray(ids) % len(vectors)]
 
 
 class Runner(Protocol):
@@ -93,15 +102,12 @@ class Ours:
 
     Attributes:
         vectors: what to write; None: end the jobs without.
-        limit: stop at so many chunks.
         call: seconds between claim and end.
     """
 
-    chunks: int
     workers: int
     batch: int
     vectors: Vectors | None = None
-    limit: int | None = None
     call: float = 0.0
     claims: list[float] = field(default_factory=list)
     handed_out: Counter[int] = field(default_factory=Counter)
@@ -120,7 +126,7 @@ class Ours:
 
     async def _work(self) -> None:
         queue = self._store.queue
-        while self.limit is None or self.handed_out.total() < self.limit:
+        while True:
             started = time.perf_counter()
             lease: Lease = await queue.claim(self.batch)
             self.claims.append(time.perf_counter() - started)
@@ -132,15 +138,13 @@ class Ours:
             if self.vectors is None:
                 await queue.finish(lease, lease.chunk_ids)
             else:
-                vectors = self.vectors[np.asarray(lease.chunk_ids) % len(self.vectors)]
-                await queue.complete(lease, lease.chunk_ids, vectors, MODEL)
+                await queue.complete(lease, lease.chunk_ids, vectors_for(self.vectors, lease.chunk_ids), MODEL)
 
     async def close(self) -> None:
         depth = await self._store.queue.depth()
         await self._opened.aclose()
-        expected = 0 if self.limit is None else self.chunks - self.limit
-        if depth.ready + depth.waiting != expected:
-            raise RuntimeError(f"{depth.ready + depth.waiting} jobs are left instead of {expected}")
+        if depth.ready + depth.waiting:
+            raise RuntimeError(f"{depth.ready + depth.waiting} jobs are left")
 
     @property
     def buys(self) -> float:
@@ -198,37 +202,66 @@ END_BY_HAND: Final = (
 WRITE_BY_HAND: Final = "UPDATE knowledge_chunks SET embedding = $2, embedding_model = $3 WHERE id = $1"
 
 
-@dataclass(slots=True)
-class ByHand:
-    """The same by hand-written asyncpg, one worker on a held connection."""
+Batch = Callable[[], Awaitable[None]]
+"""Claims a batch and writes its vectors."""
 
-    chunks: int
-    batch: int
-    vectors: Vectors
-    limit: int
-    _connection: Any = None
 
-    async def open(self, url: URL) -> None:
-        self._connection = await connect(url)
-        await register_codecs(self._connection)
+def by_us(store: Store, batch: int, vectors: Vectors) -> Batch:
+    """As a worker does it."""
 
-    async def run(self) -> None:
-        connection, claim = self._connection, CLAIM_BY_HAND.format(batch=self.batch)
-        for _ in range(0, self.limit, self.batch):
-            token = uuid.uuid4()
-            claimed = await connection.fetch(claim, token, LEASE)
-            ids = [row["chunk_id"] for row in claimed]
-            packed = dict(zip(ids, pack(self.vectors[np.asarray(ids) % len(self.vectors)]), strict=True))
-            async with connection.transaction():
-                held = await connection.fetch(END_BY_HAND, ids, token)
-                rows = [(row["chunk_id"], packed[row["chunk_id"]], MODEL) for row in held]
-                await connection.executemany(WRITE_BY_HAND, rows)
+    async def write() -> None:
+        lease = await store.queue.claim(batch)
+        await store.queue.complete(lease, lease.chunk_ids, vectors_for(vectors, lease.chunk_ids), MODEL)
 
-    async def close(self) -> None:
-        left = await self._connection.fetchval("SELECT count(*) FROM embedding_jobs")
-        await self._connection.close()
-        if left != self.chunks - self.limit:
-            raise RuntimeError(f"by hand: {left} jobs are left instead of {self.chunks - self.limit}")
+    return write
+
+
+def by_hand(connection: Any, batch: int, vectors: Vectors) -> Batch:
+    """Two statements, and no more than they need."""
+    claim = CLAIM_BY_HAND.format(batch=batch)
+
+    async def write() -> None:
+        token = uuid.uuid4()
+        claimed = await connection.fetch(claim, token, LEASE)
+        ids = [row["chunk_id"] for row in claimed]
+        packed = dict(zip(ids, pack(vectors_for(vectors, ids)), strict=True))
+        async with connection.transaction():
+            held = await connection.fetch(END_BY_HAND, ids, token)
+            rows = [(row["chunk_id"], packed[row["chunk_id"]], MODEL) for row in held]
+            await connection.executemany(WRITE_BY_HAND, rows)
+
+    return write
+
+
+def by_same_statements(connection: Any, batch: int, vectors: Vectors) -> Batch:
+    """What our queue sends, with nothing around it."""
+    front, after = queue_statements.claim(batch), queue_statements.claim(batch, after=True)
+    update = queue_statements.write_vector()
+    last: tuple[Any, int] | None = None
+
+    async def run(statement: Prepared, **values: Any) -> list[Any]:
+        rows: list[Any] = await connection.fetch(statement.sql, *statement.arguments(values))
+        return rows
+
+    async def write() -> None:
+        nonlocal last
+        token = uuid.uuid4()
+        values = {"token": token, "duration": LEASE, "asked": "", "failed": OUTAGE_FAILURES}
+        if last is None:
+            claimed = await run(front, **values)
+        else:
+            claimed = await run(after, due_at=last[0], chunk_id=last[1], **values)
+        last = max((row["due_at"], row["chunk_id"]) for row in claimed)
+        ids = [row["chunk_id"] for row in claimed]
+        sources = sorted({row["source_id"] for row in claimed})
+        packed = dict(zip(ids, pack(vectors_for(vectors, ids)), strict=True))
+        async with connection.transaction():
+            held = await run(queue_statements.finish(), ids=ids, token=token, sources=sources)
+            given = [{"chunk": row["chunk_id"], "vector": packed[row["chunk_id"]], "model": MODEL} for row in held]
+            await connection.executemany(update.sql, [update.arguments(one) for one in given])
+            await run(queue_statements.recompute_status(), ids=sources)
+
+    return write
 
 
 # Databases
@@ -254,6 +287,11 @@ class Bench:
     async def prepare(self, runner: Runner, template: str) -> None:
         """Give the runner a fresh copy; the run before it is looked over first."""
         await self.finish()
+        await runner.open(await self.copy(template))
+        self._running = runner
+
+    async def copy(self, template: str) -> URL:
+        """Make the running database anew."""
         await run_sql(
             self.url,
             "DROP DATABASE IF EXISTS running WITH (FORCE)",
@@ -261,8 +299,7 @@ class Bench:
             f"ALTER DATABASE running SET synchronous_commit = {self.commit}",
             "CHECKPOINT",
         )
-        await runner.open(self.url.set(database="running"))
-        self._running = runner
+        return self.url.set(database="running")
 
     async def finish(self) -> None:
         """Check and close what ran last."""
@@ -302,7 +339,7 @@ class Bench:
             await connection.close()
 
     def ours(self, workers: int | None = None, **given: Any) -> Ours:
-        return Ours(self.options.chunks, workers or self.options.workers, self.options.batch, **given)
+        return Ours(workers or self.options.workers, self.options.batch, **given)
 
 
 async def load(url: URL, chunks: int) -> None:
@@ -356,18 +393,36 @@ async def measure_drain(bench: Bench, *, extras: bool) -> Figures:
 
 
 async def measure_writes(bench: Bench) -> Figures:
-    """Claim and write, one worker, the first so many of all that wait."""
+    """Claim and write, one worker, batch by batch in turn."""
     options = bench.options
-    limit = options.written
-    runners: dict[str, tuple[Runner, str]] = {
-        "ours": (bench.ours(1, vectors=bench.vectors, limit=limit), "ours_no_hnsw"),
-        "by hand": (ByHand(options.chunks, options.batch, bench.vectors, limit), "ours_no_hnsw"),
-    }
-    # Short runs, and so more of them.
-    seconds = await bench.contest(runners, repeats=2 * options.repeats + 1, label="writing vectors")
+    url = await bench.copy("ours_no_hnsw")
+    seconds: Seconds = {}
+    async with Store.open(store_settings(url)) as store, AsyncExitStack() as stack:
+        sides = {"ours": by_us(store, options.batch, bench.vectors)}
+        for name, side in (("by hand", by_hand), ("same statements", by_same_statements)):
+            connection = await connect(url)
+            stack.push_async_callback(connection.close)
+            await register_codecs(connection)
+            sides[name] = side(connection, options.batch, bench.vectors)
+        rounds = options.written // options.batch
+        order = list(sides.items())
+        with progress_bar() as bar:
+            for number in bar.track(range(SETTLING + rounds), description="writing vectors"):
+                for name, write in order if number % 2 else reversed(order):
+                    started = time.perf_counter()
+                    await write()
+                    if number >= SETTLING:
+                        seconds.setdefault(name, []).append(time.perf_counter() - started)
+        written = len(sides) * options.batch * (SETTLING + rounds)
+        depth = await store.queue.depth()
+        if depth.ready + depth.waiting != options.chunks - written:
+            raise RuntimeError(f"{options.chunks - depth.ready - depth.waiting} vectors were written, not {written}")
+    # Each batch beside the others of its turn would be noisier than the medians of all.
+    typical = {name: statistics.median(measured) for name, measured in seconds.items()}
     return {
-        "write_ratio_raw": rate_ratio(seconds["ours"], seconds["by hand"]),
-        "write_rates": {name: median_rate(limit, measured) for name, measured in seconds.items()},
+        "write_ratio_raw": typical["by hand"] / typical["ours"],
+        "write_ratio_same": typical["same statements"] / typical["ours"],
+        "write_rates": {name: options.batch / typical[name] for name in sides},
     }
 
 
@@ -459,8 +514,8 @@ def print_figures(title: str, figures: Figures, options: argparse.Namespace) -> 
         ratio = figures.get(f"drain_ratio_{name}")
         table.add_row(f"drain, {options.workers} workers: {name}", f"{rate:,.0f}", f"{ratio:.2f}" if ratio else "")
     for name, rate in figures["write_rates"].items():
-        ratio = f"{figures['write_ratio_raw']:.2f}" if name == "by hand" else ""
-        table.add_row(f"claim and write, 1 worker: {name}", f"{rate:,.0f}", ratio)
+        ratio = figures.get({"by hand": "write_ratio_raw", "same statements": "write_ratio_same"}.get(name, ""))
+        table.add_row(f"claim and write, 1 worker: {name}", f"{rate:,.0f}", f"{ratio:.2f}" if ratio else "")
     console.print(table)
     if "claim_ms" in figures:
         claims = Table(title="claim, ms", title_justify="left")
@@ -500,7 +555,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--chunks", type=int, default=100_000, help="how many wait; a multiple of 1000")
-    parser.add_argument("--written", type=int, default=10_000, help="of how many the vectors are written, one worker")
+    parser.add_argument("--written", type=int, default=20_000, help="vectors that each side writes, one worker")
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
@@ -513,8 +568,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.chunks % (SOURCES_A_COMMIT * CHUNKS_A_SOURCE) or options.chunks < 100 * options.batch:
         parser.error("--chunks must be a multiple of 1000 and at least 100 batches")
-    if options.written % options.batch or options.written > options.chunks:
-        parser.error("--written must be a multiple of --batch and not exceed --chunks")
+    if options.written % options.batch or 3 * (options.written + SETTLING * options.batch) > options.chunks:
+        parser.error("--written must be a multiple of --batch, and well below a third of --chunks")
     return options
 
 
