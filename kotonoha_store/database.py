@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import asyncpg
 import stamina
 from sqlalchemy import URL, event, make_url
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -463,6 +464,8 @@ def translate_error(error: BaseException) -> StoreError | None:
     if isinstance(error, DBAPIError):
         adapted = error.orig
         driver_error = (adapted.__cause__ if adapted is not None else None) or adapted or error
+    elif isinstance(error, AsyncAdapt_asyncpg_dbapi.Error):
+        driver_error = error.__cause__ or error
     if isinstance(driver_error, asyncpg.DataError | asyncpg.exceptions.UnsupportedClientFeatureError) and not getattr(
         driver_error, "sqlstate", None
     ):
@@ -537,6 +540,8 @@ def _from_sqlstate(sqlstate: str, constraint: str | None) -> StoreError | None:
 
 _DRIVER_ERRORS: Final = (
     DBAPIError,
+    # Of SQLAlchemy 2.1, from a connection that could not be made for the driver's own use.
+    AsyncAdapt_asyncpg_dbapi.Error,
     PoolTimeoutError,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,

@@ -645,6 +645,20 @@ async def test_a_full_server_is_tried_again(shared_url: URL, monkeypatch: pytest
     assert attempts == [3]
 
 
+@pytest.mark.parametrize("way", ["begin", "transaction", "connect", "driver"])
+async def test_a_server_that_is_starting_is_unavailable_by_each_way(
+    shared_url: URL, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    async def starting(**_: Any) -> Any:
+        raise asyncpg.CannotConnectNowError("the database system is starting up")
+
+    monkeypatch.setattr(asyncpg, "connect", starting)
+    async with opened(shared_url, db_connect_attempts=1) as database:
+        with pytest.raises(StoreUnavailableError, match="57P03"):
+            async with getattr(database, way)():
+                pass
+
+
 async def test_nothing_is_tried_again_where_stamina_is_off(caplog: pytest.LogCaptureFixture) -> None:
     stamina.set_active(False)
     try:
