@@ -217,13 +217,9 @@ class KnowledgeChunk(Base):
         ),
         # whether a source has chunks that wait
         Index("idx_chunks_queue", "source_id", "id", postgresql_where=text("embedding IS NULL")),
-        # vectors of the same text, which need not be paid for again
-        Index(
-            "idx_chunks_content_hash",
-            "content_hash",
-            "embedding_model",
-            postgresql_where=text("embedding IS NOT NULL"),
-        ),
+        # vectors of the same text, which need not be paid for again. The model as its hash, and no condition: else a
+        # search would leave the HNSW graph for it as long as statistics know of no embedded chunk.
+        Index("idx_chunks_content_hash", "content_hash", text("hashtextextended(embedding_model, 0)")),
         # searches within a scope
         Index("idx_chunks_guild_id", "guild_id", postgresql_where=text("guild_id IS NOT NULL")),
         Index("idx_chunks_channel_id", "channel_id", postgresql_where=text("channel_id IS NOT NULL")),

@@ -62,6 +62,7 @@ _PROVIDER: Final = bindparam("asked", type_=Text())
 _CODE: Final = bindparam("code", type_=Text())
 _MESSAGE: Final = bindparam("message", type_=Text())
 _MODEL: Final = bindparam("model", type_=Text())
+_ZERO: Final = literal_column("0")
 _DURATION: Final = bindparam("duration", type_=Interval())
 _FAILURES: Final = bindparam("failed", type_=Integer())
 
@@ -211,6 +212,8 @@ def _twin(*columns: Any) -> Any:
         select(*(twin.c[name] for name in columns))
         .where(
             twin.c.content_hash == KnowledgeChunk.content_hash,
+            # As the index has it.
+            func.hashtextextended(twin.c.embedding_model, _ZERO) == func.hashtextextended(_MODEL, _ZERO),
             twin.c.embedding_model == _MODEL,
             twin.c.embedding.is_not(None),
         )

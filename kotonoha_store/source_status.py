@@ -83,8 +83,7 @@ def recompute_statement() -> Update:
         # Searchable stays searchable: a partial source with chunks queued again remains partial.
         (and_(now.c.waiting, ended), _status(SourceStatus.PROCESSING)),
         (now.c.waiting, now.c.status),
-        # From here on every chunk that is there is embedded. Not asked for as such: that would be planned through an
-        # index of all embedded chunks as long as statistics know of none.
+        # From here on every chunk that is there is embedded. Not asked for as such: statistics may know of none.
         (and_(now.c.chunks, now.c.dead), _status(SourceStatus.PARTIAL)),
         (now.c.dead, _status(SourceStatus.FAILED)),
         (now.c.chunks, _status(SourceStatus.COMPLETED)),

@@ -30,7 +30,9 @@ PAUSES_TABLE = """
 
 INDEXES = (
     "idx_sessions_archive_requested ON sessions(archive_requested_at, id) WHERE archive_requested_at IS NOT NULL",
-    "idx_chunks_content_hash ON knowledge_chunks(content_hash, embedding_model) WHERE embedding IS NOT NULL",
+    # The model as its hash, and not WHERE embedding IS NOT NULL: else searches would leave the HNSW graph for it as
+    # long as statistics know of no embedded chunk.
+    "idx_chunks_content_hash ON knowledge_chunks(content_hash, hashtextextended(embedding_model, 0))",
 )
 
 # PostgreSQL sends equal notifications of one transaction once.
