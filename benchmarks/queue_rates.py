@@ -26,15 +26,12 @@ import asyncio
 import importlib
 import statistics
 import time
-import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Final, Protocol
 
-import numpy as np
 from common import (
     Contestant,
     clustered_vectors,
@@ -55,16 +52,14 @@ from common import (
 from queue_rivals import RIVALS, Rival
 from rich.table import Table
 from sqlalchemy import URL
-from vectors import CHUNKS_A_SOURCE, MODEL, Vectors, pack
+from vectors import CHUNKS_A_SOURCE, MODEL, Vectors
+from waiting import by_hand, by_same_statements, by_us, vectors_for
 
-from kotonoha_store import Lease, NewChunk, Scope, SourceType, Store, queue_statements
+from kotonoha_store import Lease, NewChunk, Scope, SourceType, Store
 from kotonoha_store.database import register_codecs
-from kotonoha_store.embedding_queue import OUTAGE_FAILURES
-from kotonoha_store.prepared import Prepared
 
 SOURCES_A_COMMIT: Final = 100
 VECTORS: Final = 10_000
-LEASE: Final = timedelta(minutes=5)
 SETTLING: Final = 10
 """Claims of each worker before those that count: statements are prepared and plans chosen meanwhile."""
 CLAIMS: Final = 10
@@ -78,11 +73,6 @@ Figures = dict[str, Any]
 
 
 # What is measured
-
-
-def vectors_for(vectors: Vectors, ids: Sequence[int]) -> Vectors:
-    """The vectors that an embedder would give for these chunks: float32, shape (len(ids), 1536)."""
-    return vectors[np.asarray(ids) % len(vectors)]
 
 
 class Runner(Protocol):
@@ -183,85 +173,6 @@ class Theirs:
         await self.rival.close()
         if left or self._done != self.chunks:
             raise RuntimeError(f"{type(self.rival).__name__}: {self._done} of {self.chunks} jobs run, {left} left")
-
-
-CLAIM_BY_HAND: Final = """\
-WITH leased AS (
-    UPDATE embedding_jobs SET lease_token = $1, available_at = now() + $2::interval, attempts = attempts + 1
-    WHERE chunk_id = ANY (ARRAY(
-        SELECT chunk_id FROM embedding_jobs WHERE available_at <= now()
-        ORDER BY available_at, chunk_id LIMIT {batch} FOR UPDATE SKIP LOCKED
-    ))
-    RETURNING chunk_id, attempts, available_at
-)
-SELECT leased.*, c.source_id, c.content, c.token_count
-FROM leased JOIN knowledge_chunks AS c ON c.id = leased.chunk_id"""
-END_BY_HAND: Final = (
-    "DELETE FROM embedding_jobs WHERE chunk_id = ANY ($1::bigint[]) AND lease_token = $2 RETURNING chunk_id"
-)
-WRITE_BY_HAND: Final = "UPDATE knowledge_chunks SET embedding = $2, embedding_model = $3 WHERE id = $1"
-
-
-Batch = Callable[[], Awaitable[None]]
-"""Claims a batch and writes its vectors."""
-
-
-def by_us(store: Store, batch: int, vectors: Vectors) -> Batch:
-    """As a worker does it."""
-
-    async def write() -> None:
-        lease = await store.queue.claim(batch)
-        await store.queue.complete(lease, lease.chunk_ids, vectors_for(vectors, lease.chunk_ids), MODEL)
-
-    return write
-
-
-def by_hand(connection: Any, batch: int, vectors: Vectors) -> Batch:
-    """Two statements, and no more than they need."""
-    claim = CLAIM_BY_HAND.format(batch=batch)
-
-    async def write() -> None:
-        token = uuid.uuid4()
-        claimed = await connection.fetch(claim, token, LEASE)
-        ids = [row["chunk_id"] for row in claimed]
-        packed = dict(zip(ids, pack(vectors_for(vectors, ids)), strict=True))
-        async with connection.transaction():
-            held = await connection.fetch(END_BY_HAND, ids, token)
-            rows = [(row["chunk_id"], packed[row["chunk_id"]], MODEL) for row in held]
-            await connection.executemany(WRITE_BY_HAND, rows)
-
-    return write
-
-
-def by_same_statements(connection: Any, batch: int, vectors: Vectors) -> Batch:
-    """What our queue sends, with nothing around it."""
-    front, after = queue_statements.claim(batch), queue_statements.claim(batch, after=True)
-    update = queue_statements.write_vector()
-    last: tuple[Any, int] | None = None
-
-    async def run(statement: Prepared, **values: Any) -> list[Any]:
-        rows: list[Any] = await connection.fetch(statement.sql, *statement.arguments(values))
-        return rows
-
-    async def write() -> None:
-        nonlocal last
-        token = uuid.uuid4()
-        values = {"token": token, "duration": LEASE, "asked": "", "failed": OUTAGE_FAILURES}
-        if last is None:
-            claimed = await run(front, **values)
-        else:
-            claimed = await run(after, due_at=last[0], chunk_id=last[1], **values)
-        last = max((row["due_at"], row["chunk_id"]) for row in claimed)
-        ids = [row["chunk_id"] for row in claimed]
-        sources = sorted({row["source_id"] for row in claimed})
-        packed = dict(zip(ids, pack(vectors_for(vectors, ids)), strict=True))
-        async with connection.transaction():
-            held = await run(queue_statements.finish(), ids=ids, token=token, sources=sources)
-            given = [{"chunk": row["chunk_id"], "vector": packed[row["chunk_id"]], "model": MODEL} for row in held]
-            await connection.executemany(update.sql, [update.arguments(one) for one in given])
-            await run(queue_statements.recompute_status(), ids=sources)
-
-    return write
 
 
 # Databases

@@ -5,7 +5,7 @@
 Embeddings into rows that wait for them, batches of 100, one connection:
 
 * fenced: :class:`EmbeddingQueue`'s claim and complete, as a worker calls them, against bare asyncpg on a held
-  connection sending the same SQL (recorded from our own run) in the same transactions;
+  connection sending the same statements in the same transactions;
 * update: only the UPDATE that writes the vectors, one transaction a batch, through SQLAlchemy with our type,
   through asyncpg, and through SQLAlchemy with pgvector's stock type. All three by executemany.
 
@@ -30,11 +30,10 @@ import json
 import random
 import statistics
 import tempfile
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
@@ -58,18 +57,27 @@ from common import (
 from japanese import read_corpus
 from peers import EF_CONSTRUCTION, PEERS, M, Peer, installed, peer_packages
 from pgvector.sqlalchemy import HALFVEC
-from sqlalchemy import URL, BigInteger, Column, MetaData, Text, bindparam, event, update
+from sqlalchemy import URL, BigInteger, Column, MetaData, Text, bindparam, update
 from sqlalchemy import Table as SQLTable
 from sqlalchemy.ext.asyncio import create_async_engine
 from vectors import CHUNKS_A_SOURCE, MODEL, SERVER_OPTIONS, Vectors, pack
+from waiting import Batch, by_same_statements, by_us, vectors_for
 from words import LENGTH
 from words import load as ingest_texts
 from write_figures import Seconds, embedding_figures, ingest_figures, peer_figures, print_figures
 
-from kotonoha_store import EMBEDDING_DIMENSION, HalfVector, KnowledgeChunk, NewChunk, Scope, SourceType, Store
-from kotonoha_store.columns import PackedVector, pack_vectors
+from kotonoha_store import (
+    EMBEDDING_DIMENSION,
+    HalfVector,
+    KnowledgeChunk,
+    NewChunk,
+    Scope,
+    SourceType,
+    Store,
+    queue_statements,
+)
+from kotonoha_store.columns import pack_vectors
 from kotonoha_store.database import register_codecs
-from kotonoha_store.embedding_queue import _write_vectors
 
 BATCH: Final = 100
 WORD_TEXTS: Final = 6000
@@ -119,88 +127,10 @@ class Waiting:
             raise RuntimeError(f"{left} of {self._rows} vectors were not written")
 
 
-def vectors_for(vectors: Vectors, ids: Sequence[int]) -> Vectors:
-    """The vectors that an embedder would give for these chunks: float32, shape (len(ids), 1536)."""
-    return vectors[np.asarray(ids) % len(vectors)]
-
-
-async def fenced_by_us(store: Store, vectors: Vectors) -> None:
-    """Claim and complete until nothing waits."""
-    while (lease := await store.queue.claim(BATCH)).chunks:
-        await store.queue.complete(lease, lease.chunk_ids, vectors_for(vectors, lease.chunk_ids), MODEL)
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """A statement as SQLAlchemy sent it, with the roles of its parameters, and the value of those that never change."""
-
-    sql: str
-    parameters: tuple[tuple[str, Any], ...]
-
-    def arguments(self, values: dict[str, Any]) -> list[Any]:
-        """The parameters in their order."""
-        return [values.get(role, constant) for role, constant in self.parameters]
-
-
-async def record(store: Store, vectors: Vectors) -> list[Recorded]:
-    """Run one batch through the queue and keep the statements that it sends."""
-    sent: list[tuple[str, Any, bool]] = []
-
-    def listen(_: Any, __: Any, sql: str, parameters: Any, ___: Any, many: bool) -> None:
-        sent.append((sql, parameters, many))
-
-    engine = store.database.engine.sync_engine
-    event.listen(engine, "before_cursor_execute", listen)
-    lease = await store.queue.claim(BATCH)
-    await store.queue.complete(lease, lease.chunk_ids, vectors_for(vectors, lease.chunk_ids), MODEL)
-    event.remove(engine, "before_cursor_execute", listen)
-    ids = set(lease.chunk_ids)
-    # The queue hands this one to the driver itself, past SQLAlchemy's event.
-    write, row_of = _write_vectors()
-    sent.insert(-1, (write, [row_of(0, PackedVector(), MODEL)], True))
-    return [
-        Recorded(sql, tuple((_role(value, ids), value) for value in (parameters[0] if many else parameters)))
-        for sql, parameters, many in sent
-    ]
-
-
-def _role(value: Any, ids: set[int]) -> str:
-    if isinstance(value, list):
-        return "ids" if set(value) == ids else "sources"
-    if isinstance(value, str):
-        return "model" if value == MODEL else "constant"
-    kinds = {bytes: "vector", uuid.UUID: "token", timedelta: "lease", int: "number"}
-    return next(role for kind, role in kinds.items() if isinstance(value, kind))
-
-
-async def fenced_by_hand(connection: Any, statements: Sequence[Recorded], vectors: Vectors) -> None:
-    """The same statements in the same two transactions a batch, with nothing around them."""
-    claim, start, lock, finish, write, recompute = statements
-
-    async def run(statement: Recorded, values: dict[str, Any]) -> list[Any]:
-        rows: list[Any] = await connection.fetch(statement.sql, *statement.arguments(values))
-        return rows
-
-    while True:
-        values: dict[str, Any] = {"number": BATCH, "token": uuid.uuid4(), "lease": timedelta(minutes=5)}
-        async with connection.transaction(isolation="read_committed"):
-            if claimed := await run(claim, values):
-                values["ids"] = [row["chunk_id"] for row in claimed]
-                values["sources"] = sorted({row["source_id"] for row in claimed})
-                await run(start, values)
-        if not claimed:
-            return
-        packed = pack(vectors_for(vectors, values["ids"]))
-        async with connection.transaction(isolation="read_committed"):
-            await run(lock, values)
-            held = {row["chunk_id"] for row in await run(finish, values)}
-            rows = [
-                {"number": chunk_id, "vector": vector, "model": MODEL}
-                for chunk_id, vector in zip(values["ids"], packed, strict=True)
-                if chunk_id in held
-            ]
-            await connection.executemany(write.sql, [write.arguments(row) for row in rows])
-            await run(recompute, values)
+async def until_empty(write: Batch) -> None:
+    """Batch after batch."""
+    while await write():
+        pass
 
 
 async def update_by_us(store: Store, waiting: Waiting, vectors: Vectors) -> None:
@@ -219,11 +149,12 @@ async def update_by_us(store: Store, waiting: Waiting, vectors: Vectors) -> None
     await waiting.check()
 
 
-async def update_by_hand(connection: Any, write: Recorded, waiting: Waiting, vectors: Vectors) -> None:
+async def update_by_hand(connection: Any, waiting: Waiting, vectors: Vectors) -> None:
     """The same UPDATE through asyncpg."""
+    write = queue_statements.write_vector()
     for ids in waiting.batches():
         packed = pack(vectors_for(vectors, ids))
-        rows = [{"number": i, "vector": vector, "model": MODEL} for i, vector in zip(ids, packed, strict=True)]
+        rows = [{"chunk": i, "vector": vector, "model": MODEL} for i, vector in zip(ids, packed, strict=True)]
         async with connection.transaction(isolation="read_committed"):
             await connection.executemany(write.sql, [write.arguments(row) for row in rows])
     await waiting.check()
@@ -256,20 +187,16 @@ async def measure_embedding(bench: "Bench", rows: int, repeats: int) -> Seconds:
     """Seconds for writing ``rows`` embeddings, by contestant."""
     waiting = Waiting(bench, rows)
     store, vectors = bench.store, bench.vectors
-    await waiting.prepare()
-    statements = await record(store, vectors)
-    if len(statements) != 6:
-        raise RuntimeError(f"claim and complete send other statements than this script knows: {statements}")
 
-    async def checked(run: Callable[[], Any]) -> None:
-        await run()
+    async def checked(write: Batch) -> None:
+        await until_empty(write)
         await waiting.check()
 
     contestants = {
-        "fenced/ours": partial(checked, partial(fenced_by_us, store, vectors)),
-        "fenced/raw": partial(checked, partial(fenced_by_hand, bench.connection, statements, vectors)),
+        "fenced/ours": partial(checked, by_us(store, BATCH, vectors)),
+        "fenced/raw": partial(checked, by_same_statements(bench.connection, BATCH, vectors)),
         "update/ours": partial(update_by_us, store, waiting, vectors),
-        "update/raw": partial(update_by_hand, bench.connection, statements[4], waiting, vectors),
+        "update/raw": partial(update_by_hand, bench.connection, waiting, vectors),
         "update/stock": partial(update_by_stock_type, bench.stock_engine, waiting, vectors),
     }
     return await contest(
