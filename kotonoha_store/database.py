@@ -328,11 +328,16 @@ class Database:
         with translated_errors():
             pooled = await self.engine.raw_connection()
         driver: Any = pooled.driver_connection
+        is_clean = True
         try:
             yield driver
+        except BaseException as error:
+            # Cancelled or timed out, a BEGIN or COMMIT may still be under way: the next one's transaction would be
+            # a savepoint within it, and never be committed.
+            is_clean = isinstance(error, Exception) and not isinstance(error, OSError | asyncpg.InterfaceError)
+            raise
         finally:
-            # A second cancellation can leave a transaction open, which the pool would hand to the next one.
-            is_clean = driver.is_closed() or not driver.is_in_transaction()
+            is_clean = driver.is_closed() or (is_clean and not driver.is_in_transaction())
             await greenlet_spawn(pooled.close if is_clean else pooled.invalidate)
 
     def _refuse_if_closed(self) -> None:

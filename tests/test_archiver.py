@@ -1,6 +1,7 @@
 """The archiver: each message becomes long-term memory exactly once, and nothing is half done."""
 
 import asyncio
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -409,6 +410,22 @@ async def test_a_cancelled_archive_is_done_or_undone(database: Database) -> None
         while len(await sources(database)) < 10:
             await archiver(database).run_once(NOW)
     assert len(await chunks(database)) == len(await sources(database)) == 10
+
+
+async def test_a_cancelled_begin_does_not_swallow_the_next_commit(migrated_url: URL) -> None:
+    """On the same connection the next transaction would be a savepoint within the first."""
+    async with Database(migrated_url, settings_for(migrated_url, db_pool_max_size=1)) as database:
+        for _ in range(3):
+            with suppress(asyncio.CancelledError):
+                async with database.driver() as driver:
+                    begin = asyncio.create_task(driver.transaction().start())
+                    await asyncio.sleep(0)
+                    begin.cancel()
+                    await begin
+            await append(database, "k", talk(2))
+            report = await archiver(database).run_once(NOW)
+            assert report.archived == len(await sources(database)) == 1
+            await query(database, "TRUNCATE sessions, knowledge_sources CASCADE")
 
 
 async def test_one_bad_session_does_not_stop_the_others(database: Database) -> None:
