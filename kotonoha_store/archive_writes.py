@@ -3,6 +3,7 @@
 On the driver's own connection and in one transaction: :func:`take`, :func:`write_session`, :func:`write_chunks`.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from datetime import datetime
@@ -114,7 +115,8 @@ def make_rows(snapshot: Snapshot, pieces: Pieces) -> Prepared:
         words = analyse(pieces.title, chunk.content)
         row = ChunkRow(
             content=chunk.content,
-            location=dump_json(chunk.location),
+            # Made of checked values.
+            location=json.dumps(chunk.location, ensure_ascii=False),
             token_count=chunk.token_count,
             content_hash=content_hash(chunk.content),
             occurred_from=chunk.occurred_from,

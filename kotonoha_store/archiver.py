@@ -4,10 +4,11 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncGenerator, Collection
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from kotonoha_store import archive_writes, metrics
 from kotonoha_store.archive_pieces import Rules, Snapshot, make_pieces
@@ -21,6 +22,9 @@ from kotonoha_store.service_loop import run_service
 from kotonoha_store.sessions import DueSession, RequestedSession, SessionRepository
 from kotonoha_store.term_index import refresh_terms
 from kotonoha_store.wakeup import ARCHIVE_CHANNEL, Listener
+
+# Until then a search reads the words of so many sessions one by one.
+_MERGE_AFTER: Final = 100
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +204,7 @@ class SessionArchiver:
         return archived
 
     async def _refresh_terms(self) -> None:
-        """Apart from the archive: merging is one at a time, and found are the words in any case."""
+        """Merge the new words into their index; apart from the archive, since one at a time does that."""
         async with self._database.transaction() as connection:
             with translated_errors():
                 await refresh_terms(connection)
@@ -227,61 +231,81 @@ class SessionArchiver:
         self, idle_for: timedelta | None, *, stop: asyncio.Event | None = None, skip: Collection[int] = ()
     ) -> ArchiveReport:
         """Archive what is due; with None as ``idle_for`` only what has grown too long."""
-        batch = _Batch(asyncio.Semaphore(self._concurrency), stop or asyncio.Event(), set(skip))
+        batch = _Batch(stop or asyncio.Event(), set(skip))
         if idle_for is not None:
-            quiet: DueSession | None = None
-            while not batch.stop.is_set():
-                async with self._database.begin() as session:
-                    due = await SessionRepository(session).due_for_archiving(
-                        idle_for, limit=self._batch_size, after=quiet
-                    )
-                await self._each([entry.id for entry in due], batch, is_in_use=False)
-                if len(due) < self._batch_size:
-                    break
-                quiet = due[-1]
-        too_long: RequestedSession | None = None
-        while not batch.stop.is_set():
-            async with self._database.begin() as session:
-                requested = await SessionRepository(session).requested_for_archiving(
-                    limit=self._batch_size, after=too_long
-                )
-            await self._each([entry.id for entry in requested], batch, is_in_use=True)
-            if len(requested) < self._batch_size:
-                break
-            too_long = requested[-1]
+            await self._each(self._quiet(idle_for), batch, is_in_use=False)
+        await self._each(self._too_long(), batch, is_in_use=True)
         return batch.report()
 
-    async def _each(self, session_ids: Sequence[int], batch: "_Batch", *, is_in_use: bool) -> None:
-        # Each once in a pass: what has failed would fail again, and what keeps growing would keep the pass from ending.
-        new = [session_id for session_id in session_ids if session_id not in batch.seen]
-        batch.seen.update(new)
-        known = len(batch.done)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for session_id in new:
-                    group.create_task(self._guarded(session_id, batch, is_in_use=is_in_use))
-        except ExceptionGroup as errors:
-            # The first is why the others were cancelled.
-            raise errors.exceptions[0] from errors.exceptions[0].__cause__
-        if any(entry.chunks for entry in batch.done[known:]):
+    async def _quiet(self, idle_for: timedelta) -> AsyncGenerator[int, None]:
+        after: DueSession | None = None
+        while True:
+            async with self._database.begin() as session:
+                repository = SessionRepository(session)
+                due = await repository.due_for_archiving(idle_for, limit=self._batch_size, after=after)
+            for entry in due:
+                yield entry.id
+            if len(due) < self._batch_size:
+                return
+            after = due[-1]
+
+    async def _too_long(self) -> AsyncGenerator[int, None]:
+        after: RequestedSession | None = None
+        while True:
+            async with self._database.begin() as session:
+                repository = SessionRepository(session)
+                requested = await repository.requested_for_archiving(limit=self._batch_size, after=after)
+            for entry in requested:
+                yield entry.id
+            if len(requested) < self._batch_size:
+                return
+            after = requested[-1]
+
+    async def _each(self, session_ids: AsyncGenerator[int, None], batch: "_Batch", *, is_in_use: bool) -> None:
+        """Archive these, so many at once. One at a time asks for the next, whose page is read when it is needed."""
+        turn = asyncio.Lock()
+
+        async def work() -> None:
+            while not batch.stop.is_set():
+                async with turn:
+                    session_id = await anext(session_ids, None)
+                if session_id is None:
+                    return
+                # Once in a pass: what has failed would fail again, and what keeps growing would keep it from ending.
+                if session_id not in batch.seen:
+                    batch.seen.add(session_id)
+                    await self._guarded(session_id, batch, is_in_use=is_in_use)
+                    if len(batch.done) >= batch.merged + _MERGE_AFTER:
+                        await self._merge(batch)
+
+        async with aclosing(session_ids):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(self._concurrency):
+                        group.create_task(work())
+            except ExceptionGroup as errors:
+                # The first is why the others were cancelled.
+                raise errors.exceptions[0] from errors.exceptions[0].__cause__
+            await self._merge(batch)
+
+    async def _merge(self, batch: "_Batch") -> None:
+        new, batch.merged = batch.done[batch.merged :], len(batch.done)
+        if any(entry.chunks for entry in new):
             await self._refresh_terms()
 
     async def _guarded(self, session_id: int, batch: "_Batch", *, is_in_use: bool) -> None:
-        async with batch.limit:
-            if batch.stop.is_set():
-                return
-            try:
-                archived = await self._archive(session_id, is_in_use=is_in_use)
-            except NotFoundError:
-                return  # deleted meanwhile
-            except Exception as error:
-                if isinstance(error, StoreUnavailableError) and not isinstance(error, StoreTimeoutError):
-                    raise
-                # One session that is unreadable, or too large, must not keep the others from being archived.
-                batch.failed.append((session_id, error))
-                return
-            if archived is not None:
-                batch.done.append(archived)
+        try:
+            archived = await self._archive(session_id, is_in_use=is_in_use)
+        except NotFoundError:
+            return  # deleted meanwhile
+        except Exception as error:
+            if isinstance(error, StoreUnavailableError) and not isinstance(error, StoreTimeoutError):
+                raise
+            # One session that is unreadable, or too large, must not keep the others from being archived.
+            batch.failed.append((session_id, error))
+            return
+        if archived is not None:
+            batch.done.append(archived)
 
     async def _archive(self, session_id: int, *, is_in_use: bool) -> ArchivedSession | None:
         started = time.perf_counter()
@@ -339,13 +363,13 @@ class SessionArchiver:
         return ArchivedSession(snapshot.id, source_id, pieces.upto - snapshot.archived, len(prepared.chunks))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Batch:
-    """One pass: what limits and stops it, which sessions it has taken, and what became of them."""
+    """One pass: what stops it, the sessions it has taken, of how many the words are merged, and what became of them."""
 
-    limit: asyncio.Semaphore
     stop: asyncio.Event
     seen: set[int]
+    merged: int = 0
     done: list[ArchivedSession] = field(default_factory=list)
     failed: list[tuple[int, Exception]] = field(default_factory=list)
 

@@ -180,7 +180,8 @@ def _render(index: int, message: Message, max_tokens: int) -> _Line:
 
 
 def _shortened(speaker: str, budget: int) -> str:
-    if _label_tokens(speaker) <= budget:
+    # A token has a byte at least, so that most are not counted.
+    if len(speaker.encode()) + 2 <= budget or _label_tokens(speaker) <= budget:
         return speaker
     kept = _longest(lambda n: _label_tokens(speaker[:n] + "…"), min(len(speaker), budget * _CHARS_PER_TOKEN), budget)
     return speaker[:kept] + "…"

@@ -3,18 +3,43 @@
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Text, case, cast, delete, func, literal, null, or_, select, text, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Text,
+    bindparam,
+    case,
+    cast,
+    delete,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.checks import check_id, check_text
 from kotonoha_store.columns import AnyRow, AnySelect
-from kotonoha_store.database import translated
+from kotonoha_store.database import dump_json, translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError, StaleSessionError
 from kotonoha_store.models import Session
-from kotonoha_store.records import AppendResult, Message, Scope, SessionRecord, SessionStatus, SessionSummary
+from kotonoha_store.prepared import Prepared, prepare
+from kotonoha_store.records import (
+    SCOPE_FIELDS,
+    AppendResult,
+    Message,
+    Scope,
+    SessionRecord,
+    SessionStatus,
+    SessionSummary,
+)
 from kotonoha_store.wakeup import ARCHIVE_CHANNEL
 
 KEY_MAX_BYTES: Final = 2000
@@ -99,9 +124,15 @@ class SessionRepository:
         if not new:
             raise InvalidInputError("append needs at least one message")
         scope = Scope(guild_id=guild_id, channel_id=channel_id, thread_id=thread_id, user_id=user_id)
-        key, kind = check_key(session_key), check_text(session_type, "session_type")
-        statement = _append(key, kind, scope, new, limit=self._limit)
-        row = (await self._session.execute(statement)).one_or_none()
+        statement = _append(self._limit)
+        values = {
+            "new_key": check_key(session_key),
+            "new_type": check_text(session_type, "session_type"),
+            "new_messages": dump_json([message.to_stored() for message in new]),
+            **{f"new_{name}": value for name, value in asdict(scope).items()},
+        }
+        connection = await self._session.connection()
+        row = (await connection.exec_driver_sql(statement.sql, tuple(statement.arguments(values)))).one_or_none()
         if row is None:
             raise InvalidInputError(
                 f"the session {session_key!r} belongs to another guild, channel, thread or user; "
@@ -303,21 +334,23 @@ def due_at() -> ColumnElement[datetime]:
     )
 
 
-def _append(
-    session_key: str, session_type: str, scope: Scope, messages: Sequence[Message], *, limit: int | None = None
-) -> Any:
+@cache
+def _append(limit: int | None) -> Prepared:
     """The upsert that creates or extends a session; no row comes back if the scopes differ.
 
     Beyond ``limit`` messages it asks for archiving too, once: the request is taken back by the archiver.
+
+    Parameters: new_key, new_type, new_messages (JSON), and the scope's ids. Compiled once: it is the statement that is
+    sent most often.
     """
-    ids = asdict(scope)
-    too_long = limit is not None and len(messages) > limit
+    given = bindparam("new_messages", type_=JSONB())
+    ids = {name: bindparam(f"new_{name}", type_=BigInteger()) for name in SCOPE_FIELDS}
     statement = insert(Session).values(
-        session_key=session_key,
-        session_type=session_type,
-        messages=[message.to_stored() for message in messages],
+        session_key=bindparam("new_key", type_=Text()),
+        session_type=bindparam("new_type", type_=Text()),
+        messages=given,
         archive_due_at=due_at(),
-        archive_requested_at=func.now() if too_long else None,
+        archive_requested_at=null() if limit is None else case((func.jsonb_array_length(given) > limit, func.now())),
         **ids,
     )
     new = statement.excluded
@@ -331,7 +364,7 @@ def _append(
         set_={
             "messages": Session.messages.op("||", return_type=JSONB())(new.messages),
             "version": Session.version + 1,
-            "status": SessionStatus.ACTIVE,
+            "status": text("'active'"),
             # now() is when the transaction began: a long one must not set the clock back.
             "last_active_at": func.greatest(Session.last_active_at, func.now()),
             "archive_due_at": func.greatest(Session.archive_due_at, new.archive_due_at),
@@ -342,10 +375,10 @@ def _append(
     )
     result = [Session.id, Session.version, func.jsonb_array_length(Session.messages).label("message_count")]
     if limit is None:
-        return upsert.returning(*result)
+        return prepare(upsert.returning(*result))
     done = upsert.returning(*result, (Session.archive_requested_at == func.now()).label("asks")).cte("done")
     notify = case((done.c.asks, cast(func.pg_notify(ARCHIVE_CHANNEL, ""), Text)))
-    return select(done.c.id, done.c.version, done.c.message_count, notify)
+    return prepare(select(done.c.id, done.c.version, done.c.message_count, notify))
 
 
 def _same_scope(new: Any) -> ColumnElement[bool]:

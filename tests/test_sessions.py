@@ -579,7 +579,12 @@ async def test_the_queries_use_their_indexes(session: AsyncSession) -> None:
         plan = await explain(session, _due(timedelta(hours=1), 10, after))
         assert "idx_sessions_archive_candidates" in plan
         assert "Sort" not in plan
-    plan = await explain(session, _append("plan1", "chat", Scope(), [Message.user("x")]))
+    statement = _append(50)
+    values = dict.fromkeys(statement.names) | {"new_key": "plan1", "new_type": "chat", "new_messages": "[]"}
+    values |= statement.constants
+    driver = (await (await session.connection()).get_raw_connection()).driver_connection
+    rows = await driver.fetch(f"EXPLAIN {statement.sql}", *statement.arguments(values))
+    plan = "\n".join(row[0] for row in rows)
     assert "Conflict Arbiter Indexes: sessions_session_key_key" in plan
 
 
