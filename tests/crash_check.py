@@ -79,7 +79,7 @@ async def violations(
         ended: whether nothing may be left in the queue.
     """
     found = await Found.read(database)
-    wrong = [*_places(found, ended), *_vectors(found, model), *_statuses(found)]
+    wrong = [*damages(found, model=model, ended=ended), *incomplete(found)]
     wrong += [
         f"dead letter {letter.id} ({letter.error_code}): nothing was wrong with its text"
         for letter in found.letters
@@ -92,6 +92,11 @@ async def violations(
     if sent is not None:
         wrong += _messages(found, sent)
     return wrong
+
+
+def damages(found: Found, *, model: str, ended: bool) -> list[str]:
+    """Return what is wrong, whatever was written and deleted before; see :func:`violations`."""
+    return [*_places(found, ended), *_vectors(found, model), *_statuses(found)]
 
 
 def _places(found: Found, ended: bool) -> Iterable[str]:
@@ -112,7 +117,10 @@ def _places(found: Found, ended: bool) -> Iterable[str]:
     sources = {source.id for source in found.sources}
     yield from (f"dead letter {letter.id} has no source" for letter in found.letters if letter.source_id not in sources)
     yield from (f"job of chunk {job.chunk_id}: attempt {job.attempts}" for job in found.jobs if job.attempts < 0)
-    # Each chunk that tells its number among how many is there, once.
+
+
+def incomplete(found: Found) -> Iterable[str]:
+    """Each chunk that tells its number among how many is there, once."""
     numbers: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row in (*found.chunks, *found.letters):
         if "total_chunks" in row.location:
@@ -172,7 +180,7 @@ def _messages(found: Found, sent: Mapping[str, Sequence[Sent]]) -> Iterable[str]
             if source.origin_first_index != len(archived):
                 yield f"session {key}: {len(archived)} archived, then a source from {source.origin_first_index} on"
             archived += source.archived_messages
-            yield from _searchable(found, source)
+            yield from unsearchable(found, source)
         yield from _joint(session, archived)
         transcript = archived + session.messages[session.last_archived_message_index :]
         yield from _complete(key, transcript, writers)
@@ -213,7 +221,7 @@ def _complete(key: str, transcript: Sequence[Any], writers: Sequence[Sent]) -> I
             yield f"session {key}: messages {changed} are not what was sent"
 
 
-def _searchable(found: Found, source: Any) -> Iterable[str]:
+def unsearchable(found: Found, source: Any) -> Iterable[str]:
     """Each archived message stands in a chunk, embedded or dead, that says so."""
     texts: dict[int, str] = defaultdict(str)
     for row in (*found.chunks, *found.letters):
