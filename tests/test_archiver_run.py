@@ -22,6 +22,7 @@ from kotonoha_store import (
     metrics,
     service_loop,
 )
+from kotonoha_store.wakeup import Listener
 
 QUIET = "UPDATE sessions SET last_active_at = now() - interval '2 hours', archive_due_at = now() - interval '2 hours'"
 
@@ -113,17 +114,23 @@ async def test_without_listening_the_interval_finds_them(database: Database, wat
         await watched.seen(2)
 
 
-async def test_notifications_do_not_put_off_the_quiet_ones(database: Database, watched: Watched) -> None:
-    """Each wait for a notification begins anew: the interval is counted apart."""
+async def test_notifications_do_not_put_off_the_quiet_ones(
+    database: Database, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each wait ended with one, and never with the interval."""
+
+    async def wait(_: Listener, timeout_seconds: float) -> bool:
+        await asyncio.sleep(min(timeout_seconds, 0.01))
+        return True
+
+    monkeypatch.setattr(Listener, "wait", wait)
     await append(database, "first", talk(1))
     await query(database, QUIET)
-    async with running(archiver(database, max_messages=10, interval=timedelta(seconds=0.4))):
+    async with running(archiver(database, max_messages=10, interval=timedelta(seconds=0.2))):
         await watched.seen(1)
         await append(database, "quiet", talk(2))
         await query(database, f"{QUIET} WHERE session_key = 'quiet'")
-        while "quiet" not in watched.keys:
-            await query(database, "NOTIFY kotonoha_archive")
-            await asyncio.sleep(0.01)
+        await watched.seen(2)
 
 
 async def test_one_that_fails_is_not_tried_again_at_every_notification(database: Database, watched: Watched) -> None:

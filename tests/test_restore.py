@@ -20,6 +20,7 @@ from kotonoha_store import (
     SessionRepository,
     SessionStatus,
     SourceType,
+    archive_restore,
 )
 
 KEPT = {"overlap_messages": 3, "chunk_size_messages": 4, "chunk_overlap_messages": 2}
@@ -263,6 +264,30 @@ async def test_a_session_that_was_deleted_is_made_again(database: Database) -> N
     assert await made(database) == before
     # A new session gets another id.
     assert await append(database, "new", talk(1)) > session.id
+
+
+async def test_of_two_sources_at_once_the_session_is_made_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await archived_in_parts(database, 2, 2)
+    first, second = await source_ids(database)
+    await query(database, "DELETE FROM sessions")
+    others: list[asyncio.Task[RestoredSession]] = []
+    check = archive_restore._check_newest
+
+    async def beside(*arguments: Any) -> None:
+        if not others:
+            others.append(asyncio.create_task(service.restore(second)))
+            # It waits for this one; were it not to, it would be done long before.
+            await asyncio.wait(others, timeout=0.5)
+        await check(*arguments)
+
+    monkeypatch.setattr(archive_restore, "_check_newest", beside)
+    with pytest.raises(InvalidInputError, match=f"in this order: {second}$"):
+        await service.restore(first)
+    assert (await others[0]).messages == 2
+    assert (await service.restore(first)).messages == 2
+    assert said(await load(database, "k")) == [f"message {number}" for number in range(4)]
 
 
 async def test_a_key_that_is_taken(database: Database) -> None:
