@@ -281,14 +281,21 @@ class Memory(RuleBasedStateMachine):
     @rule(data=st.data())
     def something_happens(self, data: st.DataObject) -> None:
         """One rule of many acts: of several, hypothesis leaves out most for the length of an example."""
-        acts = [*[self.append] * 4, self.the_next_write_fails, self.archive_what_is_too_long, self.add_document]
+        acts = [*[self.append] * 3, *[self.the_next_write_fails] * 3, self.archive_what_is_too_long, self.add_document]
         acts += [self.save, self.save, self.delete, self.archive, self.archive] if self.chats else []
         acts += [self.restore, self.restore] if self.archives() else []
         acts += [self.delete_source] if self.sources else []
-        acts += [self.claim] * 4 if self.jobs() else []
+        acts += [self.claim] * 5 if self.jobs() else []
         if self.leases:
-            acts += [self.complete, self.complete, self.reuse, self.defer, self.fail, self.fail, self.bury, self.bury]
-            acts += [self.heartbeat]
+            acts += [
+                *[self.complete] * 3,
+                *[self.bury] * 3,
+                self.fail,
+                self.fail,
+                self.reuse,
+                self.defer,
+                self.heartbeat,
+            ]
         acts += [*[self.requeue] * 4, self.discard] if self.dead() else []
         data.draw(st.sampled_from(acts), "act")(data)
 
@@ -612,7 +619,7 @@ async def opened(url: URL) -> Database:
 def test_whatever_is_done_in_whatever_order_ends_as_the_model_says(migrated_url: URL) -> None:
     examples = os.environ.get("STATE_MACHINE_EXAMPLES")
     profile = settings(
-        max_examples=int(examples or 25),
+        max_examples=int(examples or 32),
         stateful_step_count=40,
         derandomize=examples is None,
         deadline=None,
