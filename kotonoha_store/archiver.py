@@ -26,6 +26,9 @@ from kotonoha_store.wakeup import ARCHIVE_CHANNEL, Listener
 # Until then a search reads the words of so many sessions one by one.
 _MERGE_AFTER: Final = 100
 
+REQUEST_INTERVAL: Final = timedelta(minutes=1)
+"""How often sessions that have grown too long are looked for without having been notified."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -164,7 +167,7 @@ class SessionArchiver:
 
         Then no new session is begun, and what is in hand is finished, or undone when the limit for that is over.
         While the database does not answer it is tried again, each time after a longer wait. A session that
-        failed is tried again with the next interval. Without LISTEN all is done on the interval.
+        failed is tried again with the next interval. Without LISTEN what has grown too long is looked for every minute.
 
         Args:
             stop: where none is given, cancel the task; what is in hand is undone then.
@@ -173,17 +176,17 @@ class SessionArchiver:
         failed: set[int] = set()
         due = time.monotonic()
 
-        async def work(woken: bool) -> timedelta:
+        async def work(_woken: bool) -> timedelta:
             nonlocal due
-            # Notifications may come more often than the interval ends.
-            is_whole = not woken or time.monotonic() >= due
+            is_whole = time.monotonic() >= due
             if is_whole:
                 failed.clear()
             report = await self._pass(self._idle_for if is_whole else None, stop=stop, skip=failed)
             failed.update(session_id for session_id, _ in report.failed)
             if is_whole:
                 due = time.monotonic() + self._interval.total_seconds()
-            return timedelta(seconds=due - time.monotonic())
+            # A notification can be missed: behind a pooler, or while the connection for it is made anew.
+            return min(timedelta(seconds=due - time.monotonic()), REQUEST_INTERVAL)
 
         async with Listener(self._database, ARCHIVE_CHANNEL, enabled=self._listen) as listener:
             await run_service(

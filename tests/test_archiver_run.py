@@ -22,6 +22,7 @@ from kotonoha_store import (
     metrics,
     service_loop,
 )
+from kotonoha_store import archiver as archiving_module
 from kotonoha_store.wakeup import Listener
 
 QUIET = "UPDATE sessions SET last_active_at = now() - interval '2 hours', archive_due_at = now() - interval '2 hours'"
@@ -259,3 +260,22 @@ async def test_metrics(database: Database) -> None:
     archived, timed, seconds, failed = (now - then for now, then in zip(read(), before, strict=True))
     assert (archived, timed, failed) == (2, 2, 1)
     assert 0 < seconds < 20
+
+
+async def test_without_listen_sessions_that_grow_too_long_are_looked_for_more_often(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiving_module, "REQUEST_INTERVAL", timedelta(seconds=0.2))
+    archiving = SessionArchiver(database, max_messages=4, overlap_messages=0, interval=timedelta(hours=1), listen=False)
+
+    async def count() -> int:
+        async with database.begin() as session:
+            return (await SessionRepository(session).load("key")).message_count
+
+    async with running(archiving):
+        await asyncio.sleep(0.5)  # its first pass is over
+        async with database.begin() as session:
+            messages = [Message.user(f"message {number}") for number in range(6)]
+            await SessionRepository(session, archive_max_messages=4).append("key", messages)
+        while await count() == 6:  # noqa: ASYNC110  the database tells nobody
+            await asyncio.sleep(0.05)
