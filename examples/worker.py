@@ -25,7 +25,10 @@ def serve_metrics(port: int) -> None:
         from prometheus_client import start_http_server
     except ImportError:
         sys.exit('worker: prometheus_client is missing; pip install "kotonoha-store[metrics]"')
-    start_http_server(port, addr="127.0.0.1")
+    try:
+        start_http_server(port, addr="127.0.0.1")
+    except OSError as error:
+        sys.exit(f"worker: no metrics on port {port}: {error.strerror}")
 
 
 def main() -> None:
@@ -34,7 +37,8 @@ def main() -> None:
     options = parser.parse_args()
     # One line an event, such as: embedding_batch lease=... chunks=100 embedded=100 seconds=0.412
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):  # one line a request
+        logging.getLogger(client).setLevel(logging.WARNING)
     if options.metrics_port is not None:
         serve_metrics(options.metrics_port)
     try:

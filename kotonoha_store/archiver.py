@@ -26,6 +26,8 @@ from kotonoha_store.wakeup import ARCHIVE_CHANNEL, Listener
 # Until then a search reads the words of so many sessions one by one.
 _MERGE_AFTER: Final = 100
 
+_LONGEST_IDLE: Final = timedelta(days=36_500)
+
 REQUEST_INTERVAL: Final = timedelta(minutes=1)
 """How often sessions that have grown too long are looked for without having been notified."""
 
@@ -122,6 +124,11 @@ class SessionArchiver:
         for name, (value, minimum) in least.items():
             if value < minimum:
                 raise InvalidInputError(f"{name} must be at least {minimum}, got {value}")
+        if interval <= timedelta(0) or not timedelta(0) <= idle_for <= _LONGEST_IDLE or drain < timedelta(0):
+            raise InvalidInputError(
+                f"interval must be positive, idle_for and drain not negative, and idle_for at most {_LONGEST_IDLE.days}"
+                f" days; got {interval}, {idle_for} and {drain}"
+            )
         self._database = database
         self._idle_for = idle_for
         self._batch_size = batch_size

@@ -196,7 +196,10 @@ class _CheckingEmbedder(ABC):
         try:
             return check_vectors(vectors)
         except InvalidVectorError as error:
-            raise UnembeddableTextError(f"the model's vectors cannot be stored: {error}") from None
+            # Perhaps not the text's fault: it counts as an attempt.
+            raise UnembeddableTextError(
+                f"the model's vectors cannot be stored: {error}", code=ErrorCode.UNKNOWN_ERROR
+            ) from None
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

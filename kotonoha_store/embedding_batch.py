@@ -5,7 +5,7 @@ import contextlib
 import logging
 import random
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,7 +94,14 @@ class Provider:
         Raises:
             EmbeddingError: the embedder's, or that its answer cannot be stored.
         """
-        vectors: Any = await self.embedder.embed_documents(texts)
+        try:
+            vectors: Any = await self.embedder.embed_documents(texts)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not we were cancelled, but something in there: a failure like any other.
+            raise TransientEmbeddingError("the embedder cancelled its own work", code=ErrorCode.UNKNOWN_ERROR) from None
         array = np.asarray(vectors, dtype=np.float32)
         if len(array) != len(texts):
             raise TransientEmbeddingError(f"{len(texts)} texts, but {len(array)} vectors")
@@ -108,7 +115,7 @@ class Provider:
         try:
             return check_vectors(array)
         except InvalidVectorError as error:
-            raise UnembeddableTextError(str(error)) from error
+            raise UnembeddableTextError(str(error), code=ErrorCode.UNKNOWN_ERROR) from error
 
     async def rate_limited(self, error: RateLimitedError) -> None:
         await self._pause(_wait(error.retry_after), error.code)
@@ -129,7 +136,7 @@ class Provider:
         return failures >= OUTAGE_FAILURES and not await self._probe()
 
     async def answered(self) -> None:
-        await self._queue.resume(self.name)
+        await self._queue.record_success(self.name)
 
     async def pause(self, *, probe: bool) -> timedelta | None:
         """How long nothing may be claimed; None: now.
@@ -147,6 +154,16 @@ class Provider:
             return None
         is_down = pause.failures >= OUTAGE_FAILURES
         if pause.remaining and not (is_down and probe):
+            seconds = round(pause.remaining.total_seconds(), 3)
+            code = str(pause.error_code)
+            log_event(
+                logger,
+                logging.WARNING,
+                "embedding_provider_waited_for",
+                provider=self.name,
+                error_code=code,
+                seconds=seconds,
+            )
             return pause.remaining
         if not is_down or await self._probe():
             return None
@@ -218,6 +235,8 @@ class EmbeddingBatch:
         self._request_tokens = request_tokens
         self._backoff = tuple(backoff)
         self._open = set(lease.chunk_ids)
+        # A heartbeat in the middle of a write would have it pass over the jobs that it is renewing.
+        self._writing = asyncio.Lock()
         self._has_failed = lease.provider_has_failed
         # Why the provider is left alone since a request of this batch.
         self._paused: ErrorCode | None = None
@@ -234,7 +253,7 @@ class EmbeddingBatch:
         try:
             async with self._heartbeat():
                 report = await self._run()
-        except (Exception, asyncio.CancelledError) as stopped:
+        except BaseException as stopped:
             # Shielded, since a second cancellation would leave the lease.
             await asyncio.shield(self._stop(stopped))
             raise
@@ -244,6 +263,7 @@ class EmbeddingBatch:
                 logging.INFO,
                 "embedding_batch",
                 lease=str(self._lease.token),
+                model=self._model,
                 chunks=len(self._lease.chunks),
                 sources=len({chunk.source_id for chunk in self._lease.chunks}),
                 embedded=report.embedded,
@@ -252,7 +272,7 @@ class EmbeddingBatch:
                 failed=report.failed,
                 buried=report.buried,
                 lost=report.lost,
-                open=len(self._open),
+                given_back=len(self._open),
                 seconds=round(perf_counter() - started, 3),
             )
         return report
@@ -274,7 +294,8 @@ class EmbeddingBatch:
             # A third: two beats may fail before the lease ends.
             await asyncio.sleep(self._queue.lease.total_seconds() / 3)
             try:
-                await self._queue.heartbeat(self._lease, sorted(self._open))
+                async with self._writing:
+                    await self._queue.heartbeat(self._lease, sorted(self._open))
             except LeaseLostError as error:
                 # The result, paid for already, is refused when it comes: another worker's counts.
                 log_event(logger, logging.WARNING, "embedding_lease_lost", chunks=len(error.chunk_ids))
@@ -336,7 +357,8 @@ class EmbeddingBatch:
             done.set()
 
     async def _reuse(self, chunk_ids: Sequence[int]) -> EmbeddingReport:
-        known = await self._queue.reuse(self._lease, chunk_ids, self._model)
+        async with self._writing:
+            known = await self._queue.reuse(self._lease, chunk_ids, self._model)
         self._open -= known
         EMBEDDINGS.inc(len(known))
         return EmbeddingReport(embedded=len(known), reused=len(known))
@@ -375,8 +397,11 @@ class EmbeddingBatch:
             if len(texts) > 1:
                 # At least one of them is at fault.
                 return await self._halves(texts)
-            log_event(logger, logging.WARNING, "embedding_text_refused", chunk_id=texts[0].chunks[0].chunk_id)
-            return await self._bury(texts, code)
+            refused = texts[0].chunks[0]
+            ids = {"chunk_id": refused.chunk_id, "source_id": refused.source_id}
+            log_event(logger, logging.WARNING, "embedding_text_refused", error_code=str(code), **ids)
+            # Refused, it will be again; a vector that cannot be stored may have been a bad answer.
+            return await (self._bury if code == ErrorCode.INVALID_INPUT else self._fail)(texts, code)
         if isinstance(error, RateLimitedError):
             self._paused = code
             await self._provider.rate_limited(error)
@@ -385,6 +410,15 @@ class EmbeddingBatch:
             # A fault of the embedder itself. Where it failed and not what it says: its message may quote the texts.
             where = "".join(traceback.format_tb(error.__traceback__))
             logger.error("the embedder failed on %d texts: %s at\n%s", len(texts), type(error).__name__, where)
+        log_event(
+            logger,
+            logging.WARNING,
+            "embedding_failed",
+            provider=self._provider.name,
+            error_code=str(code),
+            texts=len(texts),
+            attempt=max(text.attempt for text in texts),
+        )
         self._has_failed = True
         if await self._provider.failed(code):
             self._paused = code
@@ -469,14 +503,17 @@ class EmbeddingBatch:
         base = self._backoff[min(attempt, len(self._backoff)) - 1]
         return base * random.uniform(0.8, 1.2)  # noqa: S311  no secret
 
-    async def _write(self, ids: Sequence[int], write: Awaitable[object]) -> int:
+    async def _write(self, ids: Sequence[int], write: Coroutine[Any, Any, object]) -> int:
         """Write to the queue; return for how many chunks it came too late."""
         lost: Sequence[int] = ()
         try:
-            await write
+            async with self._writing:
+                await write
         except LeaseLostError as error:
             log_event(logger, logging.WARNING, "embedding_lease_lost", chunks=len(error.chunk_ids))
             lost = error.chunk_ids
+        finally:
+            write.close()  # where it was cancelled before it began
         self._open.difference_update(ids)
         return len(lost)
 

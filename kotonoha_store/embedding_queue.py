@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any, Final
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from numpy.typing import NDArray
 
@@ -68,7 +68,12 @@ class EmbeddingQueue:
             lease: how long a claim lasts by the server's clock; workers renew it while they are at it.
             max_attempts: after how many failed attempts a chunk becomes a dead letter.
             update_batch_size: rows sent to the server at once.
+
+        Raises:
+            InvalidInputError: one of these is not positive.
         """
+        if not timedelta(0) < lease <= timedelta(days=365) or max_attempts < 1 or update_batch_size < 1:
+            raise InvalidInputError("lease must be positive and at most a year, the two numbers at least 1")
         self._database = database
         self.lease: Final = lease
         self.max_attempts: Final = max_attempts
@@ -210,7 +215,11 @@ class EmbeddingQueue:
         Returns:
             Which chunks those are.
         """
-        found = await self._ids(queue_statements.known(), ids=list(chunk_ids), model=model)
+        # One look for each text, however many chunks have it.
+        content_of = {chunk.chunk_id: chunk.content for chunk in lease.chunks}
+        first_of = {content_of[chunk_id]: chunk_id for chunk_id in reversed(chunk_ids) if chunk_id in content_of}
+        known = await self._ids(queue_statements.known(), ids=list(first_of.values()), model=model)
+        found = {chunk_id for chunk_id in chunk_ids if first_of.get(content_of.get(chunk_id, "")) in known}
         if not found:
             return found
 
@@ -269,7 +278,7 @@ class EmbeddingQueue:
             buried: set[int] = set()
             if over:
                 code = ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED
-                buried = await _bury(driver, lease.token, over, code, error_code, model)
+                buried = await self._bury(driver, lease, over, code, error_code, model)
             lost = await _lost(driver, lease, set(chunk_ids) - held - buried)
         _raise_if(lost)
         return [chunk_id for chunk_id in over if chunk_id in buried]
@@ -284,7 +293,7 @@ class EmbeddingQueue:
             LeaseLostError: some jobs belong to another worker now; the others were moved.
         """
         async with self._locked(lease, chunk_ids) as driver:
-            held = await _bury(driver, lease.token, chunk_ids, error_code, error_code, model)
+            held = await self._bury(driver, lease, chunk_ids, error_code, error_code, model)
             lost = await _lost(driver, lease, set(chunk_ids) - held)
         _raise_if(lost)
 
@@ -368,7 +377,7 @@ class EmbeddingQueue:
 
     @translated
     async def depth(self) -> QueueDepth:
-        """Count what can be claimed now, what is leased or put off, and what is dead."""
+        """Count what is due (of a paused provider, too), what is leased or put off, and what is dead."""
         (row,) = await self._fetch(queue_statements.depth())
         age = row["oldest"]
         PENDING_CHUNKS.set(row["ready"] + row["leased"] + row["put_off"])
@@ -393,7 +402,7 @@ class EmbeddingQueue:
         """Leave a provider alone for a while: no worker claims for it. The longer of two pauses counts.
 
         Args:
-            until_probed: nor after that, before :meth:`resume`.
+            until_probed: nor after that, before :meth:`record_success`.
         """
         await self._fetch(
             queue_statements.pause(),
@@ -407,7 +416,7 @@ class EmbeddingQueue:
     async def record_failure(self, provider: str, error_code: ErrorCode) -> int:
         """Count a call that failed without a fault of its texts, over all workers.
 
-        From :data:`OUTAGE_FAILURES` on nothing is claimed for this provider before :meth:`resume`.
+        From :data:`OUTAGE_FAILURES` on nothing is claimed for this provider before :meth:`record_success`.
 
         Returns:
             How many have failed since the last one that succeeded.
@@ -417,8 +426,13 @@ class EmbeddingQueue:
         return failures
 
     @translated
-    async def resume(self, provider: str) -> None:
+    async def record_success(self, provider: str) -> None:
         """The provider answers: forget its failures. A wait that it asked for is kept."""
+        await self._fetch(queue_statements.record_success(), asked=provider, failed=OUTAGE_FAILURES)
+
+    @translated
+    async def resume(self, provider: str) -> None:
+        """End a pause, whatever it was for: workers claim for this provider again at once."""
         await self._fetch(queue_statements.resume(), asked=provider)
 
     @translated
@@ -483,6 +497,31 @@ class EmbeddingQueue:
         _raise_if(lost)
         return held
 
+    async def _bury(
+        self,
+        driver: Any,
+        lease: Lease,
+        chunk_ids: Sequence[int],
+        code: ErrorCode,
+        cause: ErrorCode,
+        model: str | None,
+    ) -> set[int]:
+        said: Mapping[str, Any] = {"code": code, "message": ERROR_MESSAGES[cause]}
+        buried = await _run(
+            driver,
+            queue_statements.bury(),
+            ids=list(chunk_ids),
+            token=lease.token,
+            model=model,
+            most=self.max_attempts,
+            **said,
+        )
+        if buried:
+            sources = sorted({row["source_id"] for row in buried})
+            await _run(driver, queue_statements.blame(), ids=sources, **said)
+            await recompute_status(driver, sources)
+        return {row["original_chunk_id"] for row in buried}
+
 
 def _sources(lease: Lease, chunk_ids: Sequence[int]) -> list[int]:
     wanted = set(chunk_ids)
@@ -532,15 +571,3 @@ def _raise_if(lost: Sequence[int]) -> None:
             "nothing was written for them. Raise KB_EMBEDDING_LEASE_SECONDS if calls take that long",
             lost,
         )
-
-
-async def _bury(
-    driver: Any, token: UUID, chunk_ids: Sequence[int], code: ErrorCode, cause: ErrorCode, model: str | None
-) -> set[int]:
-    said: Mapping[str, Any] = {"code": code, "message": ERROR_MESSAGES[cause]}
-    buried = await _run(driver, queue_statements.bury(), ids=list(chunk_ids), token=token, model=model, **said)
-    if buried:
-        sources = sorted({row["source_id"] for row in buried})
-        await _run(driver, queue_statements.blame(), ids=sources, **said)
-        await recompute_status(driver, sources)
-    return {row["original_chunk_id"] for row in buried}

@@ -145,7 +145,10 @@ class TransientEmbeddingError(EmbeddingError):
 
 
 class UnembeddableTextError(EmbeddingError):
-    """The provider refuses at least one of these texts for what it is. Split the batch to find it."""
+    """The provider refuses at least one of these texts for what it is. Split the batch to find it.
+
+    With code INVALID_INPUT the text becomes a dead letter at once, with any other one after its attempts.
+    """
 
     code = ErrorCode.INVALID_INPUT
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    not_,
     or_,
     select,
     true,
@@ -62,7 +63,7 @@ _PROVIDER: Final = bindparam("asked", type_=Text())
 _CODE: Final = bindparam("code", type_=Text())
 _MESSAGE: Final = bindparam("message", type_=Text())
 _MODEL: Final = bindparam("model", type_=Text())
-_ZERO: Final = literal_column("0")
+_ZERO: Final[ColumnElement[int]] = literal_column("0")
 _DURATION: Final = bindparam("duration", type_=Interval())
 _FAILURES: Final = bindparam("failed", type_=Integer())
 
@@ -273,7 +274,7 @@ def release(*, give_back: bool) -> Prepared:
 def bury() -> Prepared:
     """Job and chunk out, dead letter in: one statement, so that nothing is ever in neither place.
 
-    Parameters: ids, token, code, message, model.
+    Parameters: ids, token, code, message, model, most (attempts).
     """
     job, chunk, letter = EmbeddingJob, KnowledgeChunk, KnowledgeChunkDeadLetter
     jobs = delete(job).where(_is_ours()).returning(job.chunk_id, job.attempts, job.history).cte("jobs")
@@ -297,7 +298,8 @@ def bury() -> Prepared:
         "source_title": KnowledgeSource.title,
         "source_type": KnowledgeSource.type,
         "chunk_created_at": chunks.c.created_at,
-        "retry_count": chunks.c.attempts,
+        # The claim that finds them used up is no attempt.
+        "retry_count": func.least(chunks.c.attempts, bindparam("most", type_=Integer())),
         "last_retry_at": sql_cast(requeued_at, letter.last_retry_at.type),
         "history": func.coalesce(chunks.c.history, literal_column("'[]'::jsonb")),
         "error_code": _CODE,
@@ -403,11 +405,17 @@ def _upsert_pause(longer: Any) -> Any:
 
 @cache
 def resume() -> Prepared:
-    """The provider answers again. Parameters: asked. A pause that another worker was asked for stays."""
+    """Parameters: asked."""
+    return prepare(delete(EmbeddingPause).where(EmbeddingPause.provider == _PROVIDER))
+
+
+@cache
+def record_success() -> Prepared:
+    """The provider answers again; a wait that it asked for stays. Parameters: asked, failed (too many failures)."""
     table = EmbeddingPause
-    return prepare(
-        delete(table).where(table.provider == _PROVIDER, or_(table.paused_until <= func.now(), table.failures > 0))
-    )
+    is_asked_for = and_(table.paused_until > func.now(), table.failures < _FAILURES)
+    kept = update(table).where(table.provider == _PROVIDER, is_asked_for).values(failures=_ZERO).cte("kept")
+    return prepare(delete(table).where(table.provider == _PROVIDER, not_(is_asked_for)).add_cte(kept))
 
 
 @cache

@@ -397,10 +397,14 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class QueueDepth:
-    """How the queue stands: ready to claim, leased or put off, dead; age of the oldest job in seconds.
+    """How the queue stands.
 
     Attributes:
+        ready: due; claimed as soon as a worker has time and its provider is not paused.
+        waiting: leased, or put off until later.
         leased: those of ``waiting`` that a worker holds.
+        dead: dead letters.
+        oldest_seconds: age of the oldest job.
     """
 
     ready: int
@@ -416,7 +420,8 @@ class ProviderPause:
 
     Attributes:
         remaining: how long no worker claims for it.
-        failures: calls that failed in a row; from 3 on it is asked for a single word before anything is claimed.
+        failures: calls that failed in a row. From 3 on, or when it refused key or model, which counts as many, it is
+            asked for a single word before anything is claimed.
         error_code: of the last failure.
     """
 

@@ -290,11 +290,10 @@ class SessionRepository:
 
 def _still_archived(old: Sequence[Message], new: Sequence[Message], archived: int) -> int:
     """How many messages at the front of ``new`` are archived; in doubt fewer, since a message may not be lost."""
-    if len(new) >= len(old):
-        waiting = list(old[archived:])
-        # What was not archived stands where it stood; where nothing waits, each archived message must be itself.
-        if list(new[archived : len(old)]) == waiting if waiting else all(map(_is_same, old, new)):
-            return archived
+    is_longer = len(new) >= len(old) and list(new[archived : len(old)]) == list(old[archived:])
+    # Edited in place: what was not archived stands where it stood, and each archived message is itself.
+    if is_longer and all(map(_is_same, old[:archived], new)):
+        return archived
     kept = range(min(archived, len(new)), 0, -1)
     return next((k for k in kept if list(new[:k]) == list(old[archived - k : archived])), 0)
 

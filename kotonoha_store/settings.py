@@ -75,7 +75,8 @@ class Settings(BaseSettings):
     kb_embedding_batch_size: Annotated[int, Field(ge=1, le=2048)] = 100
     kb_embedding_max_concurrent: Count = 5
     kb_embedding_interval_minutes: Annotated[float, Field(gt=0, le=60_000_000)] = 1.0
-    kb_embedding_lease_seconds: Seconds = 300.0
+    # Renewed each third of it; what a killed worker held comes back after it.
+    kb_embedding_lease_seconds: Annotated[float, Field(ge=1, le=86_400)] = 300.0
     # Of one request to the provider. OpenAI, "Create embeddings": at most 300,000 tokens over all inputs.
     kb_embedding_request_tokens: Count = 300_000
     # Whether a text that has a vector of the same model already gets that one instead of paying again.
@@ -115,7 +116,7 @@ class Settings(BaseSettings):
             raise ConfigurationError("the .env file cannot be read; it must be UTF-8 text") from None
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])).upper() or 'settings'}: {e['msg']}"
+                f"{'.'.join(map(str, e['loc'])).upper() or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
                 for e in error.errors(include_input=False, include_url=False)
             )
             # From None: pydantic's own error repeats the values, and one of them may be a secret.

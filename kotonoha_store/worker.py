@@ -12,10 +12,11 @@ from typing import Final
 from kotonoha_store.embedders import Embedder
 from kotonoha_store.embedding_batch import BACKOFF, EmbeddingBatch, Provider
 from kotonoha_store.embedding_queue import EmbeddingQueue
-from kotonoha_store.errors import EmbedderConfigurationError, InvalidInputError
+from kotonoha_store.errors import EmbedderConfigurationError, InvalidInputError, StoreError
 from kotonoha_store.events import log_event
 from kotonoha_store.records import EmbeddingReport, Lease
 from kotonoha_store.service_loop import run_service
+from kotonoha_store.wakeup import Listener
 
 _SOON: Final = timedelta(milliseconds=500)
 # How often, in seconds, the queue is counted at most.
@@ -31,6 +32,7 @@ class _Pass:
     stop: asyncio.Event
     report: EmbeddingReport = field(default_factory=EmbeddingReport)
     running: int = 0
+    waker: "asyncio.Task[None] | None" = None
     errors: list[Exception] = field(default_factory=list)
 
     @property
@@ -143,9 +145,16 @@ class EmbeddingWorker:
             nonlocal is_first, counted
             probe, is_first = is_first, False
             try:
-                _, wait = await self._pass(stop, probe=probe)
+                _, wait = await self._pass(stop, probe=probe, listener=listener)
             except EmbedderConfigurationError as error:
-                log_event(logger, logging.ERROR, "embedding_not_configured", error_code=str(error.code))
+                log_event(
+                    logger,
+                    logging.ERROR,
+                    "embedding_not_configured",
+                    provider=self._provider.name,
+                    error_code=str(error.code),
+                    reason=str(error),
+                )
                 wait = await self._provider.pause(probe=False)
             # An empty queue is counted each time, so that its end is seen.
             if wait is None or monotonic() - counted >= _COUNT_INTERVAL:
@@ -163,8 +172,14 @@ class EmbeddingWorker:
                 drain=self._drain,
             )
 
-    async def _pass(self, stop: asyncio.Event, *, probe: bool) -> tuple[EmbeddingReport, timedelta | None]:
-        """Until nothing can be claimed. Returns also when there may be something again; None: there is no job."""
+    async def _pass(
+        self, stop: asyncio.Event, *, probe: bool, listener: Listener | None = None
+    ) -> tuple[EmbeddingReport, timedelta | None]:
+        """Until nothing can be claimed. Returns also when there may be something again; None: there is no job.
+
+        Args:
+            listener: so that new jobs are claimed while other batches take their time.
+        """
         total = EmbeddingReport()
         while True:
             pause = await self._provider.pause(probe=probe)
@@ -174,6 +189,8 @@ class EmbeddingWorker:
             current = _Pass(stop)
             async with asyncio.TaskGroup() as group:
                 self._start(group, current)
+                if listener is not None:
+                    current.waker = group.create_task(self._wake(group, current, listener))
             if current.errors:
                 raise current.errors[0]
             total += current.report
@@ -181,6 +198,13 @@ class EmbeddingWorker:
                 due = await self._queue.next_due()
                 # Not at once: what is due and was not claimed is locked by somebody.
                 return total, None if due is None else max(due, _SOON)
+
+    async def _wake(self, group: asyncio.TaskGroup, current: _Pass, listener: Listener) -> None:
+        """As long as a batch is running, others are begun beside it when there are jobs; cancelled with the last."""
+        while True:
+            await listener.wait(self._interval.total_seconds())
+            if current.running < self._concurrency and not current.is_over:
+                self._start(group, current)
 
     def _start(self, group: asyncio.TaskGroup, current: _Pass) -> None:
         current.running += 1
@@ -202,9 +226,24 @@ class EmbeddingWorker:
             current.errors.append(error)
         finally:
             current.running -= 1
+            if not current.running and current.waker is not None:
+                current.waker.cancel()
 
     async def _claim(self) -> Lease:
-        return await self._queue.claim(self._batch_size, provider=self._provider.name)
+        claiming = asyncio.ensure_future(self._queue.claim(self._batch_size, provider=self._provider.name))
+        try:
+            return await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            # The server may have leased them already; their attempts are counted, and nobody would give them back.
+            await asyncio.shield(self._give_back(claiming))
+            raise
+
+    async def _give_back(self, claiming: "asyncio.Future[Lease]") -> None:
+        try:
+            lease = await claiming
+            await self._queue.defer(lease, lease.chunk_ids, timedelta(0))
+        except StoreError as error:
+            log_event(logger, logging.WARNING, "embedding_lease_left", error=type(error).__name__)
 
     async def _see_through(self, lease: Lease) -> EmbeddingReport:
         claimed = EmbeddingReport(claimed=len(lease.chunks) + len(lease.buried), buried=len(lease.buried))

@@ -64,7 +64,14 @@ def _start(target: Any, *arguments: Any) -> BaseProcess:
 
 
 def settings_of(url: str) -> Settings:
-    return Settings(_env_file=None, database_url=url, db_pool_min_size=1, db_pool_max_size=6, db_command_timeout=10.0)
+    return Settings(
+        _env_file=None,
+        database_url=url,
+        db_pool_min_size=1,
+        db_pool_max_size=6,
+        db_command_timeout=10.0,
+        db_connect_attempts=1,
+    )
 
 
 def archiver_of(database: Database) -> SessionArchiver:

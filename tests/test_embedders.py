@@ -265,7 +265,7 @@ async def test_unusable_vectors_are_the_texts_fault(
     server.script(behaviour)
     with pytest.raises(UnembeddableTextError) as caught:
         await embedder.embed_documents(["one"])
-    assert caught.value.code is ErrorCode.INVALID_INPUT
+    assert caught.value.code is ErrorCode.UNKNOWN_ERROR
 
 
 async def test_short_vectors_are_padded_and_long_ones_refused(server: EmbeddingServer) -> None:

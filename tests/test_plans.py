@@ -13,7 +13,8 @@ import pytest
 from plan_data import JUNE, MODEL, QUERY, Planner, filled_database, planner_of
 from sqlalchemy import URL
 
-from kotonoha_store import Message, Scope, Session, knowledge, queue_statements, sessions, term_index
+from kotonoha_store import Session, knowledge, queue_statements, sessions, term_index
+from kotonoha_store.records import SCOPE_FIELDS
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ async def test_heartbeat_release_and_bury(planner: Planner) -> None:
     for statement, values in (
         (queue_statements.heartbeat(), job),
         (queue_statements.release(give_back=True), {**job, "code": None}),
-        (queue_statements.bury(), {**job, "code": "X", "message": "x", "model": None}),
+        (queue_statements.bury(), {**job, "code": "X", "message": "x", "model": None, "most": 3}),
     ):
         plan = await planner.of(statement, values)
         assert "embedding_jobs_pkey" in plan
@@ -102,7 +103,8 @@ async def test_source_status(planner: Planner) -> None:
 
 
 async def test_append(planner: Planner) -> None:
-    plan = await planner.plan(sessions._append("key 1", "chat", Scope(), [Message.user("hello")]))
+    values = {"new_key": "key 1", "new_type": "chat", "new_messages": "[{}]"}
+    plan = await planner.of(sessions._append(50), {**values, **{f"new_{name}": None for name in SCOPE_FIELDS}})
     assert "Conflict Arbiter Indexes: sessions_session_key_key" in plan
 
 

@@ -229,11 +229,22 @@ async def test_a_success_keeps_a_wait_that_another_worker_was_asked_for(
     await queue.record_failure(embedder.model, ErrorCode.SERVER_ERROR)
     lease = await queue.claim(provider=embedder.model)
     assert lease.provider_has_failed
-    await queue.resume(embedder.model)
+    await queue.record_success(embedder.model)
+    await queue.record_failure(embedder.model, ErrorCode.SERVER_ERROR)
     await queue.pause(embedder.model, timedelta(seconds=30), ErrorCode.RATE_LIMIT)
-    await queue.resume(embedder.model)
+    await queue.record_success(embedder.model)
     (pause,) = await queue.pauses()
     assert pause == ProviderPause(embedder.model, pause.remaining, 0, "RATE_LIMIT")
+
+
+async def test_a_pause_can_be_ended_by_hand(
+    database: Database, queue: EmbeddingQueue, worker: EmbeddingWorker, embedder: Embedder
+) -> None:
+    await add(database, "a")
+    await queue.pause(embedder.model, timedelta(hours=1), ErrorCode.RATE_LIMIT)
+    assert await worker.run_until_empty() == EmbeddingReport()
+    await queue.resume(embedder.model)
+    assert await worker.run_until_empty() == EmbeddingReport(claimed=1, embedded=1)
 
 
 async def test_the_longer_of_two_pauses_counts(queue: EmbeddingQueue) -> None:

@@ -607,11 +607,23 @@ async def test_the_pool_is_not_needed_twice(migrated_url: URL) -> None:
         (lambda old: old[6:], 0),
         (lambda old: [], 0),
         (lambda old: [Message.user("summary")], 0),
-        (lambda old: [old[0], Message.user("edited"), *old[2:]], 5),
+        (lambda old: [old[0], edited(old[1]), *old[2:]], 5),
+        (lambda old: [old[0], Message.user("another"), *old[2:]], 0),
         (lambda old: [*old[:5], old[6]], 5),
         (lambda old: [*old[:4], *old[5:]], 0),
     ],
-    ids=["same", "longer", "trimmed", "trimmed beyond", "cleared", "replaced", "edited", "new one out", "old one out"],
+    ids=[
+        "same",
+        "longer",
+        "trimmed",
+        "trimmed beyond",
+        "cleared",
+        "replaced",
+        "edited",
+        "another in its place",
+        "new one out",
+        "old one out",
+    ],
 )
 async def test_what_a_save_moves_to_the_front_is_not_taken_for_archived(
     session: AsyncSession, kept: Callable[[list[Message]], list[Message]], archived: int
@@ -675,3 +687,14 @@ async def test_where_all_is_archived_a_save_marks_only_the_same_messages(
 async def test_a_list_by_something_that_is_no_id_is_refused(session: AsyncSession) -> None:
     with pytest.raises(InvalidInputError, match="guild_id must be a 64-bit integer"):
         await SessionRepository(session).list(guild_id="1")
+
+
+async def test_a_new_message_in_place_of_an_archived_one_is_not_lost(session: AsyncSession) -> None:
+    """As a bot does that puts a summary before what it keeps: the summary was never archived."""
+    repository = SessionRepository(session)
+    await repository.append("key", [Message.user("old"), Message.user("kept"), Message.user("waiting")])
+    await session.execute(text("UPDATE sessions SET last_archived_message_index = 2 WHERE session_key = 'key'"))
+    record = await repository.load("key")
+    summary = Message.system("a summary", message_id=777)
+    saved = await repository.save(record, [summary, *record.messages[1:]])
+    assert saved.last_archived_message_index == 0

@@ -220,9 +220,22 @@ async def test_a_vector_that_cannot_be_stored_costs_one_chunk(
 ) -> None:
     await add(database, "a", "b", "c", "bad")
     server.default = lambda body: (nan if "bad" in texts_of(body) else reordered)(body)
-    assert await worker.run_until_empty() == EmbeddingReport(claimed=4, embedded=3, buried=1)
-    assert await letters(database) == [("bad", "INVALID_INPUT")]
+    assert await worker.run_until_empty() == EmbeddingReport(claimed=4, embedded=3, failed=1)
+    assert await letters(database) == []
+    for expected in (EmbeddingReport(claimed=1, failed=1), EmbeddingReport(claimed=1, buried=1)):
+        await sql(database, "UPDATE embedding_jobs SET available_at = now()")
+        assert await worker.run_until_empty() == expected
+    assert await letters(database) == [("bad", "EMBEDDING_MAX_RETRIES_EXCEEDED")]
     await assert_embedded(database, ["a", "b", "c"])
+
+
+async def test_one_bad_answer_does_not_bury_a_good_text(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    await add(database, "good")
+    server.script(nan, zero)
+    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE).run_until_empty()
+    assert report == EmbeddingReport(claimed=3, failed=2, embedded=1)
 
 
 async def test_a_provider_that_refuses_every_text_can_be_recovered_from(
@@ -232,10 +245,6 @@ async def test_a_provider_that_refuses_every_text_can_be_recovered_from(
     await add(database, *contents)
     server.default = status(400)
     assert await worker.run_until_empty() == EmbeddingReport(claimed=8, buried=8)
-    server.default = zero
-    await queue.requeue(error_code=ErrorCode.INVALID_INPUT)
-    assert await worker.run_until_empty() == EmbeddingReport(claimed=8, buried=8)
-
     server.default = reordered
     assert await queue.requeue(error_code=ErrorCode.INVALID_INPUT) == 8
     assert await worker.run_until_empty() == EmbeddingReport(claimed=8, embedded=8)

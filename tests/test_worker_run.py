@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import settings_for
-from embedding_server import EmbeddingServer, hang, ok, slow, status
+from embedding_server import EmbeddingServer, hang, ok, slow, status, texts_of
 from numpy.typing import NDArray
 from sqlalchemy import URL, text
 from working import Scripted, add, assert_embedded, jobs, right, sql
@@ -131,6 +131,23 @@ async def test_a_database_that_is_gone_is_waited_for(
     worker = EmbeddingWorker(queue, Scripted(), interval=timedelta(seconds=0.2))
     async with running(worker):
         await until(lambda: is_done(database))
+
+
+async def test_new_jobs_are_embedded_while_another_call_takes_its_time(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    await add(database, "slow")
+    server.default = lambda body: hang(body) if "slow" in texts_of(body) else ok(body)
+    async with running(EmbeddingWorker(queue, embedder, interval=LONG, concurrency=2)) as (task, _):
+        await server.until(lambda: server.in_flight)
+        for number in range(3):
+            await add(database, f"quick {number}")
+            await until(lambda: are_left(database, 1), 1.5)
+        assert not task.done()
+
+
+async def are_left(database: Database, number: int) -> bool:
+    return len(await jobs(database)) == number
 
 
 # The heartbeat

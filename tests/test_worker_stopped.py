@@ -24,6 +24,7 @@ from kotonoha_store import (
     EmbeddingReport,
     EmbeddingWorker,
     HashingEmbedder,
+    Lease,
     LeaseLostError,
     RateLimitedError,
     Settings,
@@ -225,3 +226,74 @@ async def test_putting_off_and_replacing_the_same_chunks_does_not_deadlock(store
             group.create_task(put_off())
         for uri in ("https://a.example", "https://b.example"):
             group.create_task(replace(uri))
+
+
+async def test_a_claim_that_is_cancelled_is_given_back(
+    database: Database, queue: EmbeddingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has leased the jobs, but its answer is still under way."""
+    await add(database, "a", "b")
+    claim, leased = queue.claim, asyncio.Event()
+
+    async def slow_answer(*arguments: Any, **options: Any) -> Lease:
+        lease = await claim(*arguments, **options)
+        leased.set()
+        await asyncio.sleep(0.2)
+        return lease
+
+    monkeypatch.setattr(queue, "claim", slow_answer)
+    task = asyncio.create_task(EmbeddingWorker(queue, Scripted()).run_until_empty())
+    await leased.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [job[:2] for job in await jobs(database)] == [(False, 0), (False, 0)]
+
+
+async def test_an_embedder_that_cancels_itself_has_failed(database: Database, queue: EmbeddingQueue) -> None:
+    await add(database, "a")
+    worker = EmbeddingWorker(queue, Scripted(raising(asyncio.CancelledError())))
+    assert await worker.run_until_empty() == EmbeddingReport(claimed=1, failed=1)
+    assert [job[:3] for job in await jobs(database)] == [(False, 1, "UNKNOWN_ERROR")]
+
+
+async def test_an_embedder_that_ends_the_program_leaves_no_lease(database: Database, queue: EmbeddingQueue) -> None:
+    class EndError(BaseException):
+        pass
+
+    await add(database, "a")
+    with pytest.raises(EndError):
+        await EmbeddingWorker(queue, Scripted(raising(EndError()))).run_once()
+    assert [job[:2] for job in await jobs(database)] == [(False, 0)]
+
+
+async def test_no_heartbeat_comes_in_the_middle_of_a_write(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the jobs for a moment, and a write that waits for nobody would pass them over."""
+    queue = EmbeddingQueue(database, lease=timedelta(seconds=0.3))
+    await add(database, "a")
+    defer, heartbeat = queue.defer, queue.heartbeat
+    is_writing = False
+    beats: list[bool] = []
+
+    async def slow_defer(*arguments: Any) -> None:
+        nonlocal is_writing
+        is_writing = True
+        await asyncio.sleep(0.5)
+        await defer(*arguments)
+        is_writing = False
+
+    async def watched(*arguments: Any) -> None:
+        beats.append(is_writing)
+        await heartbeat(*arguments)
+
+    class Slow(Scripted):
+        async def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            await asyncio.sleep(0.25)
+            return await super().embed_documents(texts)
+
+    monkeypatch.setattr(queue, "defer", slow_defer)
+    monkeypatch.setattr(queue, "heartbeat", watched)
+    worker = EmbeddingWorker(queue, Slow(raising(RateLimitedError(""))))
+    assert await worker.run_once() == EmbeddingReport(claimed=1, deferred=1)
+    assert beats
+    assert not any(beats)
