@@ -7,7 +7,7 @@ Lock order everywhere: source, chunk, job, sources in the order of their ids.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from time import monotonic
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kotonoha_store import dead_letters, queue_statements
 from kotonoha_store.columns import VectorLike, pack_vectors
 from kotonoha_store.database import Database, translated
-from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError
+from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError, StoreTimeoutError
 from kotonoha_store.metrics import PENDING_CHUNKS
 from kotonoha_store.prepared import Prepared
 from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, ProviderPause, QueueDepth
@@ -127,10 +127,13 @@ class EmbeddingQueue:
         exhausted = [chunk.chunk_id for chunk in lease.chunks if chunk.attempt > self.max_attempts]
         if not exhausted:
             return lease, exhausted
-        # Ours no longer if the lease was that short: then another claim buries them.
-        with suppress(LeaseLostError):
-            await self.bury(lease, exhausted, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED)
         gone = set(exhausted)
+        # Ours no longer if the lease was that short, and left alone if somebody has their source locked for long:
+        # then another claim buries them, and the jobs claimed beside them are none the worse.
+        try:
+            await self.bury(lease, exhausted, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED)
+        except (LeaseLostError, StoreTimeoutError):
+            exhausted = []
         return replace(lease, chunks=tuple(c for c in lease.chunks if c.chunk_id not in gone)), exhausted
 
     async def _due_rows(self, limit: int, **values: Any) -> list[Any]:

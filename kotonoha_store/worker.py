@@ -155,7 +155,7 @@ class EmbeddingWorker:
                     error_code=str(error.code),
                     reason=str(error),
                 )
-                wait = await self._provider.pause(probe=False)
+                wait = None  # the pause is looked at when the interval is over
             # An empty queue is counted each time, so that its end is seen.
             if wait is None or monotonic() - counted >= _COUNT_INTERVAL:
                 await self._queue.depth()  # for its metric

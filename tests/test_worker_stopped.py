@@ -297,3 +297,19 @@ async def test_no_heartbeat_comes_in_the_middle_of_a_write(database: Database, m
     assert await worker.run_once() == EmbeddingReport(claimed=1, deferred=1)
     assert beats
     assert not any(beats)
+
+
+async def test_used_up_jobs_of_a_locked_source_do_not_hold_up_those_beside_them(settings: Settings) -> None:
+    hasty = settings.model_copy(update={"db_command_timeout": 0.5})
+    async with await Database.open(hasty) as database, await Database.open(settings) as other:
+        [used_up] = await add(database, "used up")
+        await add(database, "free")
+        await sql(database, f"UPDATE embedding_jobs SET attempts = 3 WHERE chunk_id = {used_up}")
+        async with other.begin() as session:
+            await session.execute(text("SELECT FROM knowledge_sources ORDER BY id LIMIT 1 FOR UPDATE"))
+            report = await EmbeddingWorker(EmbeddingQueue(database), Scripted()).run_once()
+        assert (report.embedded, report.buried) == (1, 0)
+        await sql(other, "UPDATE embedding_jobs SET available_at = now()")
+        assert (await EmbeddingWorker(EmbeddingQueue(other), Scripted()).run_once()).buried == 1
+        (letter,) = await EmbeddingQueue(other).dead_letters()
+        assert letter.retry_count == 3
