@@ -356,12 +356,11 @@ FAULTS: list[Behaviour] = [
     extra,
     empty,
     ragged,
-    duplicate_index,
     not_json,
     dimension(768),
 ]
-# Of a text alone these would be a verdict on it.
-FAULTS_OF_SEVERAL: list[Behaviour] = [nan, zero, REFUSE]
+# Of a text alone these would be right, or a verdict on it.
+FAULTS_OF_SEVERAL: list[Behaviour] = [duplicate_index, nan, zero, REFUSE]
 
 
 def behaving(body: Body) -> Reply:

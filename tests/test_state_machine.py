@@ -619,7 +619,7 @@ async def opened(url: URL) -> Database:
 def test_whatever_is_done_in_whatever_order_ends_as_the_model_says(migrated_url: URL) -> None:
     examples = os.environ.get("STATE_MACHINE_EXAMPLES")
     profile = settings(
-        max_examples=int(examples or 32),
+        max_examples=int(examples or 40),
         stateful_step_count=40,
         derandomize=examples is None,
         deadline=None,
