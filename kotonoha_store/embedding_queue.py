@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kotonoha_store import dead_letters, queue_statements
 from kotonoha_store.columns import VectorLike, pack_vectors
 from kotonoha_store.database import Database, translated
-from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError, StoreTimeoutError
+from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError, StoreUnavailableError
 from kotonoha_store.metrics import PENDING_CHUNKS
 from kotonoha_store.prepared import Prepared
 from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, ProviderPause, QueueDepth
@@ -128,11 +128,11 @@ class EmbeddingQueue:
         if not exhausted:
             return lease, exhausted
         gone = set(exhausted)
-        # Ours no longer if the lease was that short, and left alone if somebody has their source locked for long:
+        # Ours no longer if the lease was that short, and left alone if that fails, on a source that is locked for long:
         # then another claim buries them, and the jobs claimed beside them are none the worse.
         try:
             await self.bury(lease, exhausted, ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED)
-        except (LeaseLostError, StoreTimeoutError):
+        except (LeaseLostError, StoreUnavailableError):
             exhausted = []
         return replace(lease, chunks=tuple(c for c in lease.chunks if c.chunk_id not in gone)), exhausted
 
