@@ -49,6 +49,8 @@ class Figures:
 
     def __init__(self, address: str) -> None:
         self._address = address
+        # A gauge: what earlier tests left in it is no beginning.
+        metrics.PENDING_CHUNKS.set(0)
         self._before = self._scrape()
 
     def _scrape(self) -> Scrape:
