@@ -52,6 +52,9 @@ OUTAGE_DELAYS: Final = (timedelta(seconds=30), timedelta(minutes=15))
 CONFIGURATION_DELAY: Final = timedelta(minutes=5)
 """How long until a provider that refuses the key or the model is asked again."""
 
+CALL_TIMEOUT: Final = timedelta(minutes=15)
+"""How long a call of the embedder may take. The heartbeat would keep the lease of one that hangs for ever."""
+
 PROBE: Final = "ping"
 """What a provider that was down is asked to embed before it is trusted with chunks."""
 
@@ -82,8 +85,16 @@ class Provider:
     Shared by the batches of a worker.
     """
 
-    def __init__(self, queue: EmbeddingQueue, embedder: Embedder, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        queue: EmbeddingQueue,
+        embedder: Embedder,
+        *,
+        name: str | None = None,
+        call_timeout: timedelta = CALL_TIMEOUT,
+    ) -> None:
         self._queue = queue
+        self._call_timeout = call_timeout
         self.embedder = embedder
         # Rate limits and outages are mostly a model's.
         self.name: Final = name or embedder.model
@@ -94,8 +105,16 @@ class Provider:
         Raises:
             EmbeddingError: the embedder's, or that its answer cannot be stored.
         """
+        limit = asyncio.timeout(self._call_timeout.total_seconds())
         try:
-            vectors: Any = await self.embedder.embed_documents(texts)
+            async with limit:
+                vectors: Any = await self.embedder.embed_documents(texts)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise TransientEmbeddingError(
+                f"the embedder did not return within {self._call_timeout}", code=ErrorCode.EMBEDDING_API_TIMEOUT
+            ) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():

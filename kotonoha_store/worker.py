@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Final
 
 from kotonoha_store.embedders import Embedder
-from kotonoha_store.embedding_batch import BACKOFF, EmbeddingBatch, Provider
+from kotonoha_store.embedding_batch import BACKOFF, CALL_TIMEOUT, EmbeddingBatch, Provider
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import EmbedderConfigurationError, InvalidInputError, StoreError
 from kotonoha_store.events import log_event
@@ -67,6 +67,7 @@ class EmbeddingWorker:
         reuse: bool = True,
         backoff: Sequence[timedelta] = BACKOFF,
         provider: str | None = None,
+        call_timeout: timedelta = CALL_TIMEOUT,
         interval: timedelta = timedelta(minutes=1),
         listen: bool = True,
         drain: timedelta = timedelta(seconds=30),
@@ -79,6 +80,7 @@ class EmbeddingWorker:
             reuse: give a text that has a vector of the same model already that one, instead of paying again.
             backoff: how long to wait after the first, second ... failed attempt.
             provider: whom a pause is for; the embedder's model by default.
+            call_timeout: how long one call of the embedder may take, whatever its own limit.
             interval: how often :meth:`run` looks for jobs when nothing wakes it.
             listen: whether new jobs wake it, by LISTEN on a connection of its own; a transaction pooler has none.
             drain: how long running batches may go on when it is stopped.
@@ -90,10 +92,11 @@ class EmbeddingWorker:
         for name, value in {**least, "backoff": len(backoff)}.items():
             if value < 1:
                 raise InvalidInputError(f"{name} must be at least 1, got {value}")
-        if interval <= timedelta(0) or drain < timedelta(0):
-            raise InvalidInputError(f"interval must be positive and drain not negative, got {interval} and {drain}")
+        if min(interval, call_timeout) <= timedelta(0) or drain < timedelta(0):
+            given = f"got {interval}, {call_timeout} and {drain}"
+            raise InvalidInputError(f"interval and call_timeout must be positive, drain not negative; {given}")
         self._queue = queue
-        self._provider = Provider(queue, embedder, name=provider)
+        self._provider = Provider(queue, embedder, name=provider, call_timeout=call_timeout)
         self._batch_size = batch_size
         self._concurrency = concurrency
         self._request_tokens = request_tokens

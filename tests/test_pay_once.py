@@ -230,6 +230,7 @@ async def test_a_failure_of_one_batch_lets_the_others_write_what_was_paid_for(
         {"backoff": ()},
         {"interval": timedelta(0)},
         {"drain": timedelta(-1)},
+        {"call_timeout": timedelta(0)},
     ],
 )
 async def test_sizes_out_of_range_are_refused(queue: EmbeddingQueue, options: dict[str, object]) -> None:

@@ -313,3 +313,15 @@ async def test_used_up_jobs_of_a_locked_source_do_not_hold_up_those_beside_them(
         assert (await EmbeddingWorker(EmbeddingQueue(other), Scripted()).run_once()).buried == 1
         (letter,) = await EmbeddingQueue(other).dead_letters()
         assert letter.retry_count == 3
+
+
+async def test_an_embedder_that_hangs_for_ever_has_failed(database: Database, queue: EmbeddingQueue) -> None:
+    class Hanging(Scripted):
+        async def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            return await asyncio.Event().wait()
+
+    await add(database, "a")
+    worker = EmbeddingWorker(queue, Hanging(), call_timeout=timedelta(seconds=0.2))
+    async with asyncio.timeout(10):
+        assert await worker.run_until_empty() == EmbeddingReport(claimed=1, failed=1)
+    assert [job[:3] for job in await jobs(database)] == [(False, 1, "EMBEDDING_API_TIMEOUT")]
