@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -302,13 +303,15 @@ async def test_any_other_failure_ends_it(poller: Listener) -> None:
 # -- signals ------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-import asyncio, datetime, sys
+import asyncio, datetime, signal, sys
 from sqlalchemy import URL
 from kotonoha_store import Database, Settings
 from kotonoha_store.service_loop import run_service, stop_on_signals
 from kotonoha_store.wakeup import Listener
 
 IS_BUSY = sys.argv[1] == "busy"
+# Ignored where the tests themselves were started in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def work(woken):
     print("working", flush=True)
@@ -337,12 +340,22 @@ asyncio.run(main())
 """
 
 
+@contextmanager
+def program(*arguments: str, stderr: int | None = None) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # nothing is waited for that a failed test leaves running
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     ("state", "expected"), [("idle", ["stopping", "ended"]), ("busy", ["stopping", "given back", "ended"])]
 )
 def test_a_signal_drains_and_ends_in_order(number: signal.Signals, state: str, expected: list[str]) -> None:
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, state, "0.1"], stdout=subprocess.PIPE, text=True) as process:
+    with program(state, "0.1") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "working\n"
         process.send_signal(number)
@@ -352,9 +365,7 @@ def test_a_signal_drains_and_ends_in_order(number: signal.Signals, state: str, e
 
 
 def test_a_second_signal_kills_what_does_not_end() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "busy", "3600"], stdout=subprocess.PIPE, text=True
-    ) as process:
+    with program("busy", "3600") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGTERM)
@@ -365,9 +376,7 @@ def test_a_second_signal_kills_what_does_not_end() -> None:
 
 
 def test_a_second_interrupt_cancels_as_asyncio_does() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "busy", "3600"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with program("busy", "3600", stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGINT)
