@@ -63,7 +63,7 @@ SET messages = jsonb_path_query_array(s.messages, format('$[%s to last]', $3 - $
 FROM session WHERE s.id = session.id
 RETURNING (SELECT id FROM source) AS source_id,
     CASE WHEN s.archive_requested_at IS NOT NULL THEN pg_notify('{ARCHIVE_CHANNEL}', '')::text END
-"""  # noqa: S608  a constant
+"""  # noqa: S608  the channel is a constant of ours
 
 _WRITE_CHUNKS: Final = """
 WITH new AS MATERIALIZED (

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import random
 import traceback
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -349,7 +349,8 @@ class EmbeddingBatch:
         others: list[_Text] = []
         for text in _grouped(self._still_open()):
             (others if text.content in self._in_flight else mine).append(text)
-        with self._announced(mine) as in_flight:
+        in_flight = self._in_flight
+        with _announced(in_flight, mine):
             report += await self._embed_packed(mine)
         if others:
             # Another batch of this worker is paying for them.
@@ -361,19 +362,6 @@ class EmbeddingBatch:
 
     def _still_open(self) -> list[ClaimedChunk]:
         return [chunk for chunk in self._lease.chunks if chunk.chunk_id in self._open]
-
-    @contextlib.contextmanager
-    def _announced(self, texts: Sequence[_Text]) -> Any:
-        in_flight = self._in_flight
-        assert in_flight is not None  # noqa: S101  for the type checker
-        done = asyncio.Event()
-        in_flight.update((text.content, done) for text in texts)
-        try:
-            yield in_flight
-        finally:
-            for text in texts:
-                del in_flight[text.content]
-            done.set()
 
     async def _reuse(self, chunk_ids: Sequence[int]) -> EmbeddingReport:
         async with self._writing:
@@ -456,14 +444,15 @@ class EmbeddingBatch:
         return await self._embed(texts[:middle]) + await self._embed(texts[middle:])
 
     async def _complete(self, texts: Sequence[_Text], vectors: NDArray[np.float32]) -> EmbeddingReport:
-        repeats = np.repeat(np.arange(len(texts)), [len(text.chunks) for text in texts])
+        if any(len(text.chunks) > 1 for text in texts):
+            vectors = np.repeat(vectors, [len(text.chunks) for text in texts], axis=0)
         chunks = [chunk for text in texts for chunk in text.chunks]
         ids = [chunk.chunk_id for chunk in chunks]
         try:
-            lost = await self._write(ids, self._queue.complete(self._lease, ids, vectors[repeats], self._model))
+            lost = await self._write(ids, self._queue.complete(self._lease, ids, vectors, self._model))
         except StoreUnavailableError as error:
             log_event(logger, logging.WARNING, "embedding_write_failed", chunks=len(ids), error=type(error).__name__)
-            return await self._complete_by_source(chunks, vectors[repeats])
+            return await self._complete_by_source(chunks, vectors)
         EMBEDDINGS.inc(len(ids) - lost)
         return EmbeddingReport(embedded=len(ids) - lost, reused=len(ids) - len(texts), lost=lost)
 
@@ -535,6 +524,19 @@ class EmbeddingBatch:
             write.close()  # where it was cancelled before it began
         self._open.difference_update(ids)
         return len(lost)
+
+
+@contextlib.contextmanager
+def _announced(in_flight: dict[str, asyncio.Event], texts: Sequence[_Text]) -> Iterator[None]:
+    """Let other batches know that these are being paid for."""
+    done = asyncio.Event()
+    in_flight.update((text.content, done) for text in texts)
+    try:
+        yield
+    finally:
+        for text in texts:
+            del in_flight[text.content]
+        done.set()
 
 
 def _chunk_ids(texts: Iterable[_Text]) -> list[int]:

@@ -21,7 +21,7 @@ try:
 
     IS_MEASURING: Final = True
 except ImportError:
-    IS_MEASURING = False  # type: ignore[misc]
+    IS_MEASURING = False  # type: ignore[misc]  # Final in the other branch
 
     class _Nothing:
         def __init__(self, *_: object, **__: object) -> None:
@@ -35,7 +35,7 @@ except ImportError:
 
         inc = dec = set = observe = _ignore
 
-    Counter = Gauge = Histogram = _Nothing  # type: ignore[assignment,misc]
+    Counter = Gauge = Histogram = _Nothing  # type: ignore[assignment,misc]  # stands in for the classes of the client
 
 # From an indexed lookup to DB_COMMAND_TIMEOUT; from a local model's answer to a slow provider's; one session's archive.
 _QUERY_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)

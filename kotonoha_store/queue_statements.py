@@ -370,7 +370,22 @@ def next_due() -> Prepared:
 @cache
 def pause() -> Prepared:
     """Leave a provider alone: the longer of two waits counts. Parameters: asked, duration, failed, code."""
-    return prepare(_upsert_pause(func.greatest))
+    table = EmbeddingPause
+    statement = postgresql.insert(table).values(
+        provider=_PROVIDER, paused_until=func.now() + _DURATION, failures=_FAILURES, error_code=_CODE
+    )
+    new = statement.excluded
+    return prepare(
+        statement.on_conflict_do_update(
+            index_elements=[table.provider],
+            set_={
+                "paused_until": func.greatest(table.paused_until, new.paused_until),
+                "failures": func.greatest(table.failures, new.failures),
+                "error_code": new.error_code,
+                "updated_at": func.now(),
+            },
+        )
+    )
 
 
 @cache
@@ -383,23 +398,6 @@ def record_failure() -> Prepared:
             index_elements=[table.provider],
             set_={"failures": table.failures + 1, "error_code": _CODE, "updated_at": func.now()},
         ).returning(table.failures)
-    )
-
-
-def _upsert_pause(longer: Any) -> Any:
-    table = EmbeddingPause
-    statement = postgresql.insert(table).values(
-        provider=_PROVIDER, paused_until=func.now() + _DURATION, failures=_FAILURES, error_code=_CODE
-    )
-    new = statement.excluded
-    return statement.on_conflict_do_update(
-        index_elements=[table.provider],
-        set_={
-            "paused_until": longer(table.paused_until, new.paused_until),
-            "failures": func.greatest(table.failures, new.failures),
-            "error_code": new.error_code,
-            "updated_at": func.now(),
-        },
     )
 
 

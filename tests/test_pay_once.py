@@ -18,6 +18,7 @@ from kotonoha_store import (
     EmbeddingWorker,
     InvalidInputError,
     KnowledgeRepository,
+    LeaseLostError,
     NewChunk,
     SourceType,
     Store,
@@ -128,6 +129,23 @@ async def test_a_lost_lease_is_not_completed_by_a_twin(database: Database, queue
     other = await queue.claim()
     assert await queue.reuse(late, [chunk], Scripted.model) == set()
     assert await queue.reuse(other, [chunk], Scripted.model) == {chunk}
+
+
+async def test_a_job_whose_vector_stands_already_is_ended_under_the_fence(
+    database: Database, queue: EmbeddingQueue
+) -> None:
+    (chunk,) = await add(database, "a text")
+    late = await queue.claim()
+    await sql(database, "UPDATE embedding_jobs SET available_at = now()")
+    lease = await queue.claim()
+    written = "embedding_model = 'm', embedding = ('[' || repeat('1,', 1535) || '1]')::halfvec"
+    await sql(database, f"UPDATE knowledge_chunks SET {written} WHERE id = {chunk}")
+    with pytest.raises(LeaseLostError):
+        await queue.finish(late, [chunk])
+    assert len(await jobs(database)) == 1
+    await queue.finish(lease, [chunk])
+    assert await jobs(database) == []
+    assert await sql(database, "SELECT status::text FROM knowledge_sources") == [("completed",)]
 
 
 # Requests
