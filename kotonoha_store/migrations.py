@@ -7,9 +7,10 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from alembic import command
 from alembic.config import Config
@@ -115,6 +116,53 @@ async def current(database: Database) -> str | None:
     async with database.connect() as connection:
         with translated_errors():
             return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaState:
+    """Where a database stands beside this version of the library.
+
+    Attributes:
+        revision: the database's, None when it was never migrated.
+        head: what this version needs.
+        state: ``newer``: the revision is unknown to this version.
+    """
+
+    revision: str | None
+    head: str
+    state: Literal["empty", "outdated", "current", "newer"]
+
+    def check(self) -> None:
+        """
+        Raises:
+            SchemaOutdatedError: the tables are not this version's; the message says what to do.
+        """
+        if self.state == "empty":
+            raise SchemaOutdatedError(
+                "the database was never migrated; run `kotonoha-store migrate` or `alembic upgrade head`"
+            )
+        if self.state == "outdated":
+            raise SchemaOutdatedError(
+                f"the database is at revision {self.revision}, this version needs {self.head}; "
+                "run `kotonoha-store migrate` or `alembic upgrade head`"
+            )
+        if self.state == "newer":
+            raise SchemaOutdatedError(
+                f"the database is at revision {self.revision}, which this version (up to {self.head}) does not know; "
+                "install the version of kotonoha-store that migrated it, or a newer one"
+            )
+
+
+async def state(database: Database) -> SchemaState:
+    """Compare the database's revision with what this version of the library needs."""
+    revision = await current(database)
+    scripts = ScriptDirectory.from_config(alembic_config())
+    known = {script.revision for script in scripts.walk_revisions()}
+    if revision is None:
+        return SchemaState(None, head(), "empty")
+    if revision == head():
+        return SchemaState(revision, head(), "current")
+    return SchemaState(revision, head(), "outdated" if revision in known else "newer")
 
 
 async def with_connection(run: Callable[[Connection], None]) -> None:

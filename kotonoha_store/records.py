@@ -5,11 +5,12 @@ frozen, slotted dataclass.
 """
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Self, TypeAlias
 from uuid import UUID
 
 from pydantic import (
@@ -31,6 +32,9 @@ from kotonoha_store.checks import (
     in_utc,
 )
 from kotonoha_store.errors import ErrorCode, InvalidInputError
+
+Progress: TypeAlias = Callable[[int, int | None], None]
+"""Called during long work with how much is done and how much there is, where that is known."""
 
 
 class SourceType(StrEnum):

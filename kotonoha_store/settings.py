@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     postgres_db: str = "kotonoha"
     postgres_user: str = "kotonoha"
     postgres_password: SecretStr | None = None
+    # The same database without the pooler, for migrations, backups and LISTEN.
+    database_direct_url: SecretStr | None = None
+    # A streaming replica of it, which serves searches.
+    database_replica_url: SecretStr | None = None
     kb_embedded_dir: Path | None = None
     kb_embedded_version: Annotated[Literal[16, 18], BeforeValidator(_number)] = 18
 
@@ -55,6 +59,8 @@ class Settings(BaseSettings):
     db_command_timeout: Seconds = 60.0
     db_connect_timeout: Seconds = 10.0
     db_connect_attempts: Count = 5
+    # Whether a pooler in transaction mode stands between: auto tells by the URL (Neon's -pooler, Supabase's port 6543).
+    db_pooler: Literal["auto", "none", "transaction"] = "auto"
 
     # The HNSW index, read when migrating. Ranges: pgvector, "Index options".
     kb_hnsw_m: Annotated[int, Field(ge=2, le=100)] = 16

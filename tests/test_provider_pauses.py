@@ -181,7 +181,7 @@ async def test_a_text_that_fails_each_time_is_no_outage(
     """Alone in the queue, each failure is one in a row: the word that is asked then tells the difference."""
     await add(database, "killer")
     server.default = lambda body: status(500)(body) if "killer" in texts_of(body) else ok(body)
-    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE).run_until_empty()
+    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE, concurrency=1).run_until_empty()
     assert report == EmbeddingReport(claimed=3, failed=2, buried=1)
     assert [texts_of(body)[0] for body in server.requests] == ["killer"] * 3 + [PROBE]
     assert await queue.pauses() == []
@@ -194,7 +194,7 @@ async def test_a_first_text_that_fails_each_time_dies_alone(
     contents = ["killer", *(f"text {i}" for i in range(63))]
     await add(database, *contents)
     server.default = lambda body: status(500)(body) if "killer" in texts_of(body) else ok(body)
-    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE).run_until_empty()
+    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE, concurrency=1).run_until_empty()
     assert report == EmbeddingReport(claimed=3 * 64, failed=2 * 64, embedded=63, buried=1)
     assert await letters(database) == [("killer", "EMBEDDING_MAX_RETRIES_EXCEEDED")]
 

@@ -25,6 +25,7 @@ VARIABLES: list[tuple[str, Any, str, Any, tuple[str, ...]]] = [
     ("DB_COMMAND_TIMEOUT", 60.0, "1.5", 1.5, ("0", "-1", "nan", "inf", "x")),
     ("DB_CONNECT_TIMEOUT", 10.0, "3", 3.0, ("0", "inf")),
     ("DB_CONNECT_ATTEMPTS", 5, "1", 1, ("0",)),
+    ("DB_POOLER", "auto", "transaction", "transaction", ("session",)),
     ("KB_HNSW_M", 16, "32", 32, ("1", "101", "33")),
     ("KB_HNSW_EF_CONSTRUCTION", 64, "200", 200, ("31", "1001")),
     ("KB_SIMILARITY_THRESHOLD", 0.7, "0", 0.0, ("-0.1", "1.1", "nan")),
@@ -56,7 +57,7 @@ VARIABLES: list[tuple[str, Any, str, Any, tuple[str, ...]]] = [
     ("KB_CHAT_CHUNK_SIZE_MESSAGES", 5, "3", 3, ("0", "2")),
     ("KB_CHAT_CHUNK_OVERLAP_MESSAGES", 2, "4", 4, ("-1", "5")),
 ]
-SECRETS = ("DATABASE_URL", "POSTGRES_PASSWORD", "OPENAI_API_KEY")
+SECRETS = ("DATABASE_URL", "DATABASE_DIRECT_URL", "DATABASE_REPLICA_URL", "POSTGRES_PASSWORD", "OPENAI_API_KEY")
 NAMES = [variable[0] for variable in VARIABLES]
 
 

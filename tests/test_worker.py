@@ -163,7 +163,7 @@ async def test_what_fails_three_times_is_buried_and_its_neighbours_are_not(
     contents = [f"text {i}" for i in range(8)]
     await add(database, *contents)
     server.default = failing_on("text 3")
-    worker = EmbeddingWorker(queue, embedder, backoff=AT_ONCE)
+    worker = EmbeddingWorker(queue, embedder, backoff=AT_ONCE, concurrency=1)
     for _ in range(2):
         assert await worker.run_once() == EmbeddingReport(claimed=8, failed=8)
         await queue.resume(embedder.model)
@@ -234,7 +234,7 @@ async def test_one_bad_answer_does_not_bury_a_good_text(
 ) -> None:
     await add(database, "good")
     server.script(nan, zero)
-    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE).run_until_empty()
+    report = await EmbeddingWorker(queue, embedder, backoff=AT_ONCE, concurrency=1).run_until_empty()
     assert report == EmbeddingReport(claimed=3, failed=2, embedded=1)
 
 
