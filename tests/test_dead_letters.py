@@ -65,7 +65,9 @@ async def test_nothing_of_a_chunk_is_lost_there_and_back(database: Database, que
 
 async def test_a_dead_letter_tells_its_history(database: Database, queue: EmbeddingQueue) -> None:
     await add(database, "a text")
-    worker = EmbeddingWorker(queue, Scripted(*[raising(RuntimeError())] * 3, right, REFUSED), backoff=AT_ONCE, concurrency=1)
+    worker = EmbeddingWorker(
+        queue, Scripted(*[raising(RuntimeError())] * 3, right, REFUSED), backoff=AT_ONCE, concurrency=1
+    )
     # The third failure in a row is followed by a word that succeeds.
     assert (await worker.run_until_empty()).buried == 1
     await queue.requeue()
