@@ -1,0 +1,17 @@
+"""The command line ``kotonoha-store`` (extra ``cli``): it parses, calls the library and prints."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; the entry point of the package."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError:
+        sys.exit('kotonoha-store: the command line needs the extra cli: pip install "kotonoha-store[cli]"')
+    try:
+        from kotonoha_store.cli.commands import app
+    except KeyboardInterrupt:
+        sys.exit(130)
+    app()
