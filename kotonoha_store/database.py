@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 import asyncpg
 import stamina
+from pydantic import SecretStr
 from sqlalchemy import URL, event, make_url
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
@@ -99,16 +100,26 @@ def database_url(settings: Settings) -> URL | None:
         )
     if settings.database_url is None:
         return None
+    otherwise = ", or set POSTGRES_HOST, POSTGRES_USER, POSTGRES_PASSWORD"
+    return postgres_url(settings.database_url, "DATABASE_URL", otherwise=otherwise)
+
+
+def postgres_url(value: SecretStr, variable: str, *, otherwise: str = "") -> URL:
+    """Return the URL that an environment variable gives.
+
+    Raises:
+        ConfigurationError: it cannot be read or is not PostgreSQL's. Its value is not shown.
+    """
     try:
-        url = _parse_url(settings.database_url.get_secret_value())
+        url = _parse_url(value.get_secret_value())
     except (ArgumentError, ValueError):
         raise ConfigurationError(
-            "DATABASE_URL cannot be read; write postgresql://user:password@host:port/database "
-            "with odd characters percent-encoded, or set POSTGRES_HOST, POSTGRES_USER, POSTGRES_PASSWORD"
+            f"{variable} cannot be read; write postgresql://user:password@host:port/database "
+            f"with odd characters percent-encoded{otherwise}"
         ) from None
     if url.get_backend_name() not in {"postgresql", "postgres"}:
         raise ConfigurationError(
-            f"DATABASE_URL names the database system {url.get_backend_name()!r}; this library needs postgresql://"
+            f"{variable} names the database system {url.get_backend_name()!r}; this library needs postgresql://"
         )
     return url.set(drivername="postgresql")
 
@@ -510,7 +521,11 @@ _SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
     "3D000": (ConfigurationError, "the database does not exist; create it or correct its name"),
     "3F000": (ConfigurationError, "no schema of the search_path exists, or the role may not use it; correct it"),
     "42501": (ConfigurationError, "this role lacks a privilege; grant it or connect as the owner"),
-    "25006": (ConfigurationError, "the server is read-only (a replica?); point DATABASE_URL at the primary"),
+    "25006": (
+        ConfigurationError,
+        "a read-only transaction (store.read()) or server (a replica?) cannot write; write in store.begin(), and point "
+        "DATABASE_URL at the primary",
+    ),
     "42P01": (SchemaOutdatedError, "a table is missing; run `alembic upgrade head` or `await store.migrate()`"),
     "42703": (SchemaOutdatedError, "a column is missing; run `alembic upgrade head` or `await store.migrate()`"),
     "42704": (SchemaOutdatedError, "a type is missing; run `alembic upgrade head` or `await store.migrate()`"),
