@@ -8,6 +8,7 @@ from kotonoha_store.archive_restore import RestoredSession
 from kotonoha_store.archiver import ArchivedSession, ArchiveReport, SessionArchiver
 from kotonoha_store.columns import EMBEDDING_DIMENSION, HalfVector
 from kotonoha_store.database import Database
+from kotonoha_store.document_parts import TextPart
 from kotonoha_store.embedders import Embedder, HashingEmbedder, OpenAIEmbedder, SentenceTransformerEmbedder
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import (
@@ -154,6 +155,7 @@ __all__ = [
     "StoreTimeoutError",
     "StoreUnavailableError",
     "TermFrequency",
+    "TextPart",
     "TransientEmbeddingError",
     "UnembeddableTextError",
     "UnitOfWork",

@@ -1,7 +1,7 @@
 """The whole library behind one object: :class:`Store`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -14,17 +14,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import migrations
 from kotonoha_store.archiver import SessionArchiver
-from kotonoha_store.checks import check_count, check_text
-from kotonoha_store.chunking import split_text
+from kotonoha_store.checks import check_count
 from kotonoha_store.columns import VectorLike
 from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.document_parts import TextPart, document_chunks
 from kotonoha_store.embedders import Embedder, embedder_from_settings
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.recall import TOKENS_A_MESSAGE, Recall, assemble
 from kotonoha_store.recall_check import RecallReport, recall_check
-from kotonoha_store.records import DocumentResult, NewChunk, Scope, SessionRecord, SourceType
+from kotonoha_store.records import DocumentResult, Scope, SessionRecord, SourceType
 from kotonoha_store.retrieval import SearchRepository
 from kotonoha_store.search_records import AnyFilters, Fusion, SearchFilters, SearchResult
 from kotonoha_store.search_request import Match, check_query, check_search
@@ -230,7 +230,7 @@ class Store:
     async def add_document(
         self,
         title: str,
-        text: str,
+        text: str | Sequence[TextPart],
         *,
         uri: str | None = None,
         source_type: SourceType = SourceType.DOCUMENT_FILE,
@@ -247,16 +247,23 @@ class Store:
         that did not change keep their vectors. Without a URI each call adds a new document.
 
         Args:
+            text: the whole text, or its parts, such as pages, that no chunk reaches beyond.
             occurred_at: the time that searches by time range compare, with its zone.
 
         Raises:
             InvalidInputError: a blank title or text, or a value that PostgreSQL cannot store.
         """
-        check_text(text, "text")
         if occurred_at is not None and (not isinstance(occurred_at, datetime) or occurred_at.tzinfo is None):
             raise InvalidInputError("occurred_at must be a datetime with its zone, such as tzinfo=datetime.UTC")
         scope = Scope(guild_id=guild_id, channel_id=channel_id, thread_id=thread_id, user_id=user_id)
-        chunks = await asyncio.to_thread(self._document_chunks, text, uri, occurred_at)
+        chunks = await asyncio.to_thread(
+            document_chunks,
+            text,
+            uri=uri,
+            occurred_at=occurred_at,
+            max_tokens=self.settings.kb_chunk_max_tokens,
+            overlap_ratio=self.settings.kb_chunk_overlap_ratio,
+        )
         async with self.begin() as tx:
             return await tx.knowledge.put_document(
                 title,
@@ -453,27 +460,6 @@ class Store:
             insert_batch_size=self.settings.kb_chunk_insert_batch_size,
             update_batch_size=self.settings.kb_chunk_update_batch_size,
         )
-
-    def _document_chunks(self, text: str, uri: str | None, occurred_at: datetime | None) -> list[NewChunk]:
-        pieces = split_text(
-            text, max_tokens=self.settings.kb_chunk_max_tokens, overlap_ratio=self.settings.kb_chunk_overlap_ratio
-        )
-        return [
-            NewChunk(
-                content=piece.content,
-                token_count=piece.token_count,
-                occurred_from=occurred_at,
-                occurred_to=occurred_at,
-                location={
-                    "url": uri,
-                    "label": f"characters {piece.start + 1} to {piece.end}",
-                    "chunk_index": index,
-                    "start": piece.start,
-                    "end": piece.end,
-                },
-            )
-            for index, piece in enumerate(pieces)
-        ]
 
 
 def _own_scope(session: SessionRecord) -> AnyFilters:
