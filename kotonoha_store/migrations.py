@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Final, Literal
@@ -155,14 +156,23 @@ class SchemaState:
 
 async def state(database: Database) -> SchemaState:
     """Compare the database's revision with what this version of the library needs."""
-    revision = await current(database)
-    scripts = ScriptDirectory.from_config(alembic_config())
-    known = {script.revision for script in scripts.walk_revisions()}
+    return compare(await current(database))
+
+
+def compare(revision: str | None) -> SchemaState:
+    """Say where a database at this revision (None: never migrated) stands. The first call reads the scripts."""
+    head, known = _revisions(script_location())
     if revision is None:
-        return SchemaState(None, head(), "empty")
-    if revision == head():
-        return SchemaState(revision, head(), "current")
-    return SchemaState(revision, head(), "outdated" if revision in known else "newer")
+        return SchemaState(None, head, "empty")
+    if revision == head:
+        return SchemaState(revision, head, "current")
+    return SchemaState(revision, head, "outdated" if revision in known else "newer")
+
+
+@cache
+def _revisions(_: Path) -> tuple[str, frozenset[str]]:
+    scripts = ScriptDirectory.from_config(alembic_config())
+    return head(), frozenset(script.revision for script in scripts.walk_revisions())
 
 
 async def with_connection(run: Callable[[Connection], None]) -> None:

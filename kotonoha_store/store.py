@@ -21,6 +21,7 @@ from kotonoha_store.document_parts import TextPart, document_chunks
 from kotonoha_store.embedders import Embedder, embedder_from_settings
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError
+from kotonoha_store.health import LIMIT_SECONDS, Health, HealthReport
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.recall import TOKENS_A_MESSAGE, Recall, assemble
 from kotonoha_store.recall_check import RecallReport, recall_check
@@ -207,6 +208,19 @@ class Store:
             listen=settings.kb_listen,
             drain=timedelta(seconds=settings.kb_drain_seconds),
         )
+
+    @cached_property
+    def health_checks(self) -> Health:
+        """What :meth:`health` looks at; other systems register their checks here."""
+        return Health(self.database, self.queue)
+
+    async def health(self, limit_seconds: float = LIMIT_SECONDS) -> HealthReport:
+        """Look whether this process can do its work; never takes longer than the limit, whatever hangs.
+
+        Raises:
+            InvalidInputError: the limit is not a number of seconds, 0.05 to 600.
+        """
+        return await self.health_checks.report(limit_seconds)
 
     async def run(self, stop: asyncio.Event | None = None) -> None:
         """Archive and embed, until ``stop`` is set or the task is cancelled: what a worker process does.
