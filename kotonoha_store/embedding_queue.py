@@ -20,7 +20,7 @@ from kotonoha_store import dead_letters, queue_statements
 from kotonoha_store.columns import VectorLike, pack_vectors
 from kotonoha_store.database import Database, translated
 from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError, StoreUnavailableError
-from kotonoha_store.metrics import PENDING_CHUNKS
+from kotonoha_store.metrics import DEAD_LETTERS, OLDEST_JOB_SECONDS, PAUSED_PROVIDERS, PENDING_CHUNKS
 from kotonoha_store.prepared import Prepared
 from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, ProviderPause, QueueDepth
 from kotonoha_store.wakeup import JOBS_CHANNEL, Listener
@@ -384,6 +384,8 @@ class EmbeddingQueue:
         (row,) = await self._fetch(queue_statements.depth())
         age = row["oldest"]
         PENDING_CHUNKS.set(row["ready"] + row["leased"] + row["put_off"])
+        DEAD_LETTERS.set(row["dead"])
+        OLDEST_JOB_SECONDS.set(0.0 if age is None else float(age))
         return QueueDepth(
             ready=row["ready"],
             waiting=row["leased"] + row["put_off"],
@@ -441,7 +443,11 @@ class EmbeddingQueue:
     @translated
     async def pauses(self) -> list[ProviderPause]:
         """Return the providers that are left alone or have failed lately."""
-        return [ProviderPause(*row) for row in await self._fetch(queue_statements.pauses(one=False))]
+        pauses = [ProviderPause(*row) for row in await self._fetch(queue_statements.pauses(one=False))]
+        PAUSED_PROVIDERS.set(
+            sum(pause.remaining > timedelta(0) or pause.failures >= OUTAGE_FAILURES for pause in pauses)
+        )
+        return pauses
 
     @translated
     async def pause_of(self, provider: str) -> ProviderPause | None:

@@ -50,6 +50,15 @@ EMBEDDING_SECONDS: Final = Histogram(
 PENDING_CHUNKS: Final = Gauge(
     "pending_chunks_count", "Chunks that wait for their vector", multiprocess_mode="mostrecent"
 )
+DEAD_LETTERS: Final = Gauge(
+    "dead_letters_count", "Chunks that could not be embedded", multiprocess_mode="mostrecent"
+)
+OLDEST_JOB_SECONDS: Final = Gauge(
+    "oldest_job_age_seconds", "How long the oldest waiting chunk has waited, 0 without any", multiprocess_mode="mostrecent"
+)
+PAUSED_PROVIDERS: Final = Gauge(
+    "paused_providers_count", "Embedding providers that are left alone", multiprocess_mode="mostrecent"
+)
 EMBEDDING_ERRORS: Final = Counter(
     "embedding_errors_total", "Requests to the embedder that failed, by error code", ["error_type"]
 )
@@ -64,6 +73,9 @@ ARCHIVE_SECONDS: Final = Histogram("session_archive_seconds", "The archive of on
 SESSIONS_ARCHIVED: Final = Counter("sessions_archived_total", "Archives of a session, of a part of it included")
 ARCHIVE_ERRORS: Final = Counter(
     "sessions_archived_errors_total", "Archives of a session that failed, by type of error", ["error_type"]
+)
+REPLICA_FALLBACKS: Final = Counter(
+    "replica_fallbacks_total", "Reads for the replica that the primary answered, by reason", ["reason"]
 )
 
 _engines: Final[WeakSet[AsyncEngine]] = WeakSet()
