@@ -182,7 +182,7 @@ async def with_connection(run: Callable[[Connection], None]) -> None:
         CommandError: what any error of this library says, so that the command prints one line.
     """
     try:
-        async with await Database.open(patient=True) as database, _locked(database) as connection:
+        async with await Database.open(patient=True) as database, locked(database) as connection:
             with _errors():
                 await connection.run_sync(run)
     except StoreError as error:
@@ -210,7 +210,7 @@ async def _run(database: Database, run: Callable[[Config], None]) -> None:
     while not _in_process.acquire(blocking=False):  # noqa: ASYNC110  an Event is one loop's
         await asyncio.sleep(_POLL_SECONDS)
     try:
-        async with database.patient() as patient, _locked(patient) as connection:
+        async with database.patient() as patient, locked(patient) as connection:
             with _errors():
                 await connection.run_sync(with_config)
     finally:
@@ -231,20 +231,21 @@ def _errors() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _locked(database: Database) -> AsyncIterator[AsyncConnection]:
-    """A connection to migrate on, while another connection holds the lock.
+async def locked(database: Database, *, wait: float | None = None) -> AsyncIterator[AsyncConnection]:
+    """A connection to migrate or to build indexes on, while another connection holds the lock.
 
     Of its own, because Alembic commits and changes isolation on the first; tried and not waited for,
     because a waiting transaction would keep CREATE INDEX CONCURRENTLY from ever finishing.
     """
     async with database.connect() as guard, database.engine.connect() as connection:
         with translated_errors():
-            deadline = asyncio.get_running_loop().time() + LOCK_WAIT_SECONDS
+            seconds = LOCK_WAIT_SECONDS if wait is None else wait
+            deadline = asyncio.get_running_loop().time() + seconds
             while not (await guard.execute(text("SELECT pg_try_advisory_lock(:id)"), {"id": LOCK_ID})).scalar():
-                if asyncio.get_running_loop().time() > deadline:
+                if asyncio.get_running_loop().time() >= deadline:
                     raise StoreTimeoutError(
-                        f"another migration has held the lock for {LOCK_WAIT_SECONDS:.0f} seconds; "
-                        f"see pg_locks for locktype = 'advisory'"
+                        f"another migration or index build holds the lock (waited {seconds:.0f} seconds); wait until "
+                        "it is done, or see who in pg_locks, locktype = 'advisory'"
                     )
                 await asyncio.sleep(_POLL_SECONDS)
             for each in (guard, connection):
