@@ -5,21 +5,18 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, ParamSpec, Self, TypeAlias, TypeVar
-from urllib.parse import unquote
 
 import asyncpg
 import stamina
-from pydantic import SecretStr
-from sqlalchemy import URL, event, make_url
+from sqlalchemy import URL, event
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.util.concurrency import greenlet_spawn
@@ -27,6 +24,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 from kotonoha_store import embedded, metrics
 from kotonoha_store.checks import check_json
 from kotonoha_store.columns import pack_vector, unpack_vector
+from kotonoha_store.endpoints import connect_arguments, database_url, direct_url, is_pooled, parse_url
 from kotonoha_store.errors import (
     ConfigurationError,
     InvalidInputError,
@@ -47,21 +45,6 @@ Executor: TypeAlias = AsyncSession | AsyncConnection
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# libpq's parameters that asyncpg would send to the server as settings, and which it has no use for:
-# it speaks SCRAM without channel binding and leaves keep-alive to the operating system.
-_IGNORED_PARAMETERS: Final = frozenset(
-    {
-        "channel_binding",
-        "gssencmode",
-        "keepalives",
-        "keepalives_count",
-        "keepalives_idle",
-        "keepalives_interval",
-        "prepared_statement_cache_size",
-        "tcp_user_timeout",
-    }
-)
-
 # The server is starting, stopping, full, or the connection broke: worth another try.
 _RETRIABLE_CONNECT: Final = (
     OSError,
@@ -72,102 +55,17 @@ _RETRIABLE_CONNECT: Final = (
 )
 
 
+def _is_retriable(error: Exception) -> bool:
+    # A pooler says of everything that the protocol was violated: also of a database that does not exist.
+    return isinstance(error, _RETRIABLE_CONNECT) and not isinstance(translate_error(error), ConfigurationError)
+
+
 # Of the connection itself; from a statement the last two would mean something else.
 _UNUSABLE_PARAMETER: Final = (
     asyncpg.exceptions.ClientConfigurationError,
     asyncpg.exceptions.UndefinedObjectError,
     asyncpg.DataError,
 )
-
-
-def database_url(settings: Settings) -> URL | None:
-    """Return where the settings point, or None when the embedded server is to serve.
-
-    Raises:
-        ConfigurationError: DATABASE_URL cannot be read or is not PostgreSQL's. Its value is not shown.
-    """
-    if settings.postgres_host is not None:
-        password = settings.postgres_password
-        is_socket = settings.postgres_host.startswith("/")
-        return URL.create(
-            "postgresql",
-            username=settings.postgres_user,
-            password=password.get_secret_value() if password else None,
-            host=None if is_socket else settings.postgres_host,
-            port=None if is_socket else settings.postgres_port,
-            database=settings.postgres_db,
-            query={"host": settings.postgres_host, "port": str(settings.postgres_port)} if is_socket else {},
-        )
-    if settings.database_url is None:
-        return None
-    otherwise = ", or set POSTGRES_HOST, POSTGRES_USER, POSTGRES_PASSWORD"
-    return postgres_url(settings.database_url, "DATABASE_URL", otherwise=otherwise)
-
-
-def postgres_url(value: SecretStr, variable: str, *, otherwise: str = "") -> URL:
-    """Return the URL that an environment variable gives.
-
-    Raises:
-        ConfigurationError: it cannot be read or is not PostgreSQL's. Its value is not shown.
-    """
-    try:
-        url = _parse_url(value.get_secret_value())
-    except (ArgumentError, ValueError):
-        raise ConfigurationError(
-            f"{variable} cannot be read; write postgresql://user:password@host:port/database "
-            f"with odd characters percent-encoded{otherwise}"
-        ) from None
-    if url.get_backend_name() not in {"postgresql", "postgres"}:
-        raise ConfigurationError(
-            f"{variable} names the database system {url.get_backend_name()!r}; this library needs postgresql://"
-        )
-    return url.set(drivername="postgresql")
-
-
-def _parse_url(value: str) -> URL:
-    url = make_url(value)
-    # SQLAlchemy 2.0 leaves the database's name percent-encoded, 2.1 decodes it.
-    if url.database is not None and make_url("postgresql:///%41").database == "%41":
-        return url.set(database=unquote(url.database))
-    return url
-
-
-def connect_arguments(url: URL, settings: Settings, *, command_timeout: float | None = None) -> dict[str, Any]:
-    """Translate a libpq-style URL into arguments for :func:`asyncpg.connect`.
-
-    asyncpg under SQLAlchemy refuses sslmode, channel_binding, connect_timeout, application_name and
-    options; asyncpg itself reads most of them from a DSN, so it is given one.
-
-    Raises:
-        ConfigurationError: connect_timeout is not a number, or the port is not one.
-    """
-    if url.port is not None and not 1 <= url.port <= 65535:
-        raise ConfigurationError("the port in DATABASE_URL must be 1 to 65535")
-    query = dict(url.query)
-    timeout: float | None = settings.db_connect_timeout
-    if (wanted := query.pop("connect_timeout", None)) is not None:
-        try:
-            seconds = float(wanted)  # type: ignore[arg-type]  # a repeated parameter is a tuple: refused below
-        except (TypeError, ValueError):
-            seconds = math.nan
-        if not math.isfinite(seconds):
-            raise ConfigurationError("connect_timeout in DATABASE_URL is not a number of seconds")
-        # As libpq reads it: 0 waits for ever.
-        timeout = seconds if seconds > 0 else None
-    for name in _IGNORED_PARAMETERS:
-        query.pop(name, None)
-    bare = url.set(drivername="postgresql", query=query)._replace(username=None, password=None, database=None)
-    arguments: dict[str, Any] = {
-        "dsn": bare.render_as_string(hide_password=True),
-        "timeout": timeout,
-        "command_timeout": command_timeout,
-    }
-    # Apart, so that nothing in them needs quoting.
-    given = {"user": url.username, "password": url.password, "database": url.database}
-    arguments.update({name: str(value) for name, value in given.items() if value is not None})
-    if "application_name" not in query:
-        arguments["server_settings"] = {"application_name": "kotonoha_store"}
-    return arguments
 
 
 def dump_json(value: Any) -> str:
@@ -196,18 +94,26 @@ class Database:
         *,
         server: embedded.EmbeddedServer | None = None,
         patient: bool = False,
+        direct: bool = False,
         pool_timeout: float = 30.0,
     ) -> None:
         """
         Args:
             server: the embedded server that ``url`` points to, stopped by :meth:`close`.
             patient: statements may take as long as they take (building an index).
+            direct: ``url`` leads to the server itself, whatever DB_POOLER says.
             pool_timeout: seconds to wait for another task's connection when DB_POOL_MAX_SIZE are in use.
         """
         self.settings = settings
         self._url = url
+        self._direct = direct
+        self.is_pooled: Final = not direct and is_pooled(url, settings)
+        """Whether each transaction has another connection to the server: see DB_POOLER."""
         self._arguments = connect_arguments(
-            url, settings, command_timeout=None if patient else settings.db_command_timeout
+            url,
+            settings,
+            command_timeout=None if patient else settings.db_command_timeout,
+            pooled=self.is_pooled,
         )
         self._server = server
         # A migration needs a second connection, for its lock.
@@ -217,6 +123,7 @@ class Database:
             pool_min_size=min(settings.db_pool_min_size, pool_max_size),
             pool_max_size=pool_max_size,
             pool_timeout=pool_timeout,
+            keep_prepared=not self.is_pooled,
         )
         metrics.watch_pool(self.engine)
         # Closed for good: a statement after its block would begin a transaction that nobody commits.
@@ -240,11 +147,31 @@ class Database:
         server = await asyncio.to_thread(
             embedded.start, settings.kb_embedded_dir, version=settings.kb_embedded_version, databases=(name,)
         )
-        return cls(_parse_url(server.url(name)), settings, server=server, patient=patient)
+        return cls(parse_url(server.url(name)), settings, server=server, patient=patient, direct=True)
+
+    @property
+    def direct_url(self) -> URL:
+        """Where the server itself answers, for migrations, index builds and backups.
+
+        Raises:
+            ConfigurationError: behind a pooler in transaction mode, where DATABASE_DIRECT_URL is not set.
+        """
+        return self._url if self._direct else direct_url(self._url, self.settings)
+
+    @property
+    def can_listen(self) -> bool:
+        """Whether LISTEN works: not through a pooler in transaction mode, unless DATABASE_DIRECT_URL is set."""
+        return not self.is_pooled or self.settings.database_direct_url is not None
 
     def patient(self) -> "Database":
-        """The same database without the time-out for statements, for migrations; close it after use."""
-        return Database(self._url, self.settings, patient=True)
+        """The same database past any pooler and without the time-out for statements; close it after use.
+
+        For whatever keeps state in its session, or takes long: migrations, CREATE INDEX CONCURRENTLY.
+
+        Raises:
+            ConfigurationError: see :attr:`direct_url`.
+        """
+        return Database(self.direct_url, self.settings, patient=True, direct=True)
 
     async def __aenter__(self) -> Self:
         return self
@@ -263,19 +190,20 @@ class Database:
     async def _connect(self) -> Any:
         # Connecting is safe to repeat; statements are not, and are never retried here.
         async for attempt in stamina.retry_context(
-            on=_RETRIABLE_CONNECT,
+            on=_is_retriable,
             attempts=self.settings.db_connect_attempts,
             timeout=60.0,
             wait_initial=0.1,
             wait_max=3.0,
         ):
             with attempt:
-                return await self._connect_once()
+                return await self._connect_once(self._arguments)
         raise AssertionError("stamina leaves its loop by return or raise")
 
-    async def _connect_once(self) -> Any:
+    @staticmethod
+    async def _connect_once(arguments: dict[str, Any]) -> Any:
         try:
-            return await asyncpg.connect(**self._arguments)
+            return await asyncpg.connect(**arguments)
         except _UNUSABLE_PARAMETER as error:
             raise ConfigurationError(
                 "DATABASE_URL has a parameter (after the ?) that the driver or the server refuses "
@@ -283,15 +211,19 @@ class Database:
             ) from error
 
     async def connect_apart(self) -> Any:
-        """Make a driver's connection outside the pool, in one try; the caller closes it.
+        """Make a driver's connection outside the pool and past any pooler, in one try; the caller closes it.
 
         Raises:
+            ConfigurationError: see :attr:`direct_url`.
             StoreUnavailableError: it could not be made now.
             StoreError: this database was closed, or can never be reached so.
         """
         self._refuse_if_closed()
+        arguments = connect_arguments(
+            self.direct_url, self.settings, command_timeout=self.settings.db_command_timeout, pooled=False
+        )
         with translated_errors():
-            return await self._connect_once()
+            return await self._connect_once(arguments)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
@@ -381,13 +313,24 @@ async def _committed(unit: Executor) -> AsyncIterator[None]:
 
 
 def _create_engine(
-    connect: Callable[[], Awaitable[Any]], *, pool_min_size: int, pool_max_size: int, pool_timeout: float
+    connect: Callable[[], Awaitable[Any]],
+    *,
+    pool_min_size: int,
+    pool_max_size: int,
+    pool_timeout: float,
+    keep_prepared: bool,
 ) -> AsyncEngine:
+    def creator() -> Any:
+        # What async_creator does, which does not pass the size on.
+        return engine.dialect.dbapi.connect(  # type: ignore[union-attr]  # asyncpg's is there
+            async_creator_fn=connect, prepared_statement_cache_size=100 if keep_prepared else 0
+        )
+
     # QueuePool reads 0 as "no limit".
     kept = max(pool_min_size, 1)
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=connect,
+        creator=creator,
         # The recomputed source status relies on each statement seeing what was committed before it.
         isolation_level="READ COMMITTED",
         json_serializer=dump_json,
@@ -405,7 +348,9 @@ def _create_engine(
             # A forked child must not use its parent's socket, nor close it.
             record.dbapi_connection = proxy.dbapi_connection = None
             raise DisconnectionError("this connection belongs to another process")
-        # asyncpg hears of a closed socket by itself: this costs no round trip, as pre-ping would.
+        # asyncpg hears of a closed socket by itself: this costs no round trip, as pre-ping would. Behind a pooler that
+        # would prove nothing: the transaction may get another connection than the ping, and the pooler hears of
+        # closed ones itself.
         if dbapi_connection.driver_connection.is_closed():
             raise DisconnectionError("the server closed this connection")
         # A connection made before the first migration has no codec yet.
@@ -489,6 +434,11 @@ def translate_error(error: BaseException) -> StoreError | None:
     if isinstance(driver_error, asyncpg.exceptions.InvalidCachedStatementError):
         return StoreUnavailableError("the schema changed under this connection; try again")
     sqlstate = getattr(driver_error, "sqlstate", None)
+    if sqlstate and sqlstate.startswith("08"):
+        # A pooler's own, told by nothing else: 08P01 in connecting, 08003 when it closes a connection.
+        for said, kind, message in _OF_A_POOLER:
+            if said in str(driver_error):
+                return kind(message)
     if sqlstate:
         return _from_sqlstate(sqlstate, getattr(driver_error, "constraint_name", None))
     if isinstance(driver_error, TimeoutError):
@@ -514,11 +464,49 @@ _CONSTRAINTS: Final[dict[str, tuple[type[StoreError], str]]] = {
     "sessions_session_key_key": (InvalidInputError, "a session with this key exists already"),
 }
 
+_NO_DATABASE: Final = "the database does not exist; create it or correct its name"
+_REFUSED: Final = "the server refused this user or password; correct DATABASE_URL or POSTGRES_PASSWORD"
+_POOLER_UNKNOWN: Final = (
+    "a prepared statement is not where it was made: a pooler in transaction mode stands between; "
+    "set DB_POOLER=transaction"
+)
+
+# What pgbouncer's errors contain.
+_OF_A_POOLER: Final[tuple[tuple[str, type[StoreError], str], ...]] = (
+    (
+        "query_wait_timeout",
+        StoreTimeoutError,
+        "the pooler had no connection to the server free in time (query_wait_timeout); raise its pool size, lower "
+        "DB_POOL_MAX_SIZE, or see whether the server runs",
+    ),
+    (
+        "max_client_conn",
+        StoreUnavailableError,
+        "the pooler takes no more clients (max_client_conn); raise that or lower DB_POOL_MAX_SIZE",
+    ),
+    (
+        "server_login_retry",
+        StoreUnavailableError,
+        "the pooler cannot connect to the server; see that it runs and what the pooler's log says",
+    ),
+    (
+        "unsupported startup parameter",
+        ConfigurationError,
+        "the pooler refuses a parameter of DATABASE_URL (after the ?); remove it there and set it for the role or the "
+        "database instead (ALTER ROLE ... SET)",
+    ),
+    ("no such user", ConfigurationError, _REFUSED),
+    ("authentication failed", ConfigurationError, _REFUSED),
+    ("no such database", ConfigurationError, _NO_DATABASE),
+    ("does not exist", ConfigurationError, f"{_NO_DATABASE}, or the role's"),
+)
+
 _SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
     "0A000": (ConfigurationError, "the server does not support this (row-level security with COPY?)"),
     "25P02": (StoreError, "an earlier error ended this transaction; leave its block and begin another"),
-    "28": (ConfigurationError, "the server refused this user or password; correct DATABASE_URL or POSTGRES_PASSWORD"),
-    "3D000": (ConfigurationError, "the database does not exist; create it or correct its name"),
+    "26000": (ConfigurationError, _POOLER_UNKNOWN),
+    "28": (ConfigurationError, _REFUSED),
+    "3D000": (ConfigurationError, _NO_DATABASE),
     "3F000": (ConfigurationError, "no schema of the search_path exists, or the role may not use it; correct it"),
     "42501": (ConfigurationError, "this role lacks a privilege; grant it or connect as the owner"),
     "25006": (
@@ -528,6 +516,7 @@ _SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
     ),
     "42P01": (SchemaOutdatedError, "a table is missing; run `alembic upgrade head` or `await store.migrate()`"),
     "42703": (SchemaOutdatedError, "a column is missing; run `alembic upgrade head` or `await store.migrate()`"),
+    "42P05": (ConfigurationError, _POOLER_UNKNOWN),
     "42704": (SchemaOutdatedError, "a type is missing; run `alembic upgrade head` or `await store.migrate()`"),
     "42883": (
         SchemaOutdatedError,

@@ -34,7 +34,7 @@ class Listener:
     """Waits for notifications on a channel. For one task at a time, inside ``async with``.
 
     While there is no connection, :meth:`wait` is a sleep: whoever polls at its time-outs misses nothing and is
-    merely later. So it is behind a transaction pooler, where LISTEN cannot work: pass ``enabled=False`` there.
+    merely later. So it is behind a transaction pooler, where LISTEN works only past it, by DATABASE_DIRECT_URL.
 
     The connection does not come from the pool and is not counted in DB_POOL_MAX_SIZE.
     """
@@ -50,7 +50,7 @@ class Listener:
         """
         self._database = database
         self._channel = channel
-        self._enabled = enabled
+        self._enabled = enabled and database.can_listen
         self._keepalive = keepalive_seconds
         self._notified = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
