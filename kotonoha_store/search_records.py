@@ -317,6 +317,7 @@ class SearchResult:
         complete: False when there are fewer hits than top_k although more may exist.
         hidden_by_threshold: found among the top_k, but below the threshold.
         model: the embedding model searched; None for words alone.
+        from_replica: whether the replica answered.
     """
 
     hits: tuple[SearchHit, ...]
@@ -325,6 +326,7 @@ class SearchResult:
     hidden_by_threshold: int
     model: str | None
     timings: SearchTimings = SearchTimings(0.0, 0.0)
+    from_replica: bool = False
 
 
 @dataclass(frozen=True, slots=True)

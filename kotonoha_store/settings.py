@@ -62,6 +62,11 @@ class Settings(BaseSettings):
     # Whether a pooler in transaction mode stands between: auto tells by the URL (Neon's -pooler, Supabase's port 6543).
     db_pooler: Literal["auto", "none", "transaction"] = "auto"
 
+    # How long a search that must see a write waits for the replica to have it, before the primary answers.
+    kb_replica_wait_seconds: Annotated[float, Field(ge=0, le=60)] = 1.0
+    # A replica further behind than this is not asked.
+    kb_replica_max_lag_seconds: Seconds = 30.0
+
     # The HNSW index, read when migrating. Ranges: pgvector, "Index options".
     kb_hnsw_m: Annotated[int, Field(ge=2, le=100)] = 16
     kb_hnsw_ef_construction: Annotated[int, Field(ge=4, le=1000)] = 64

@@ -26,6 +26,8 @@ VARIABLES: list[tuple[str, Any, str, Any, tuple[str, ...]]] = [
     ("DB_CONNECT_TIMEOUT", 10.0, "3", 3.0, ("0", "inf")),
     ("DB_CONNECT_ATTEMPTS", 5, "1", 1, ("0",)),
     ("DB_POOLER", "auto", "transaction", "transaction", ("session",)),
+    ("KB_REPLICA_WAIT_SECONDS", 1.0, "0", 0.0, ("-1", "61", "nan")),
+    ("KB_REPLICA_MAX_LAG_SECONDS", 30.0, "5", 5.0, ("0", "inf", "nan")),
     ("KB_HNSW_M", 16, "32", 32, ("1", "101", "33")),
     ("KB_HNSW_EF_CONSTRUCTION", 64, "200", 200, ("31", "1001")),
     ("KB_SIMILARITY_THRESHOLD", 0.7, "0", 0.0, ("-0.1", "1.1", "nan")),
