@@ -50,11 +50,11 @@ EMBEDDING_SECONDS: Final = Histogram(
 PENDING_CHUNKS: Final = Gauge(
     "pending_chunks_count", "Chunks that wait for their vector", multiprocess_mode="mostrecent"
 )
-DEAD_LETTERS: Final = Gauge(
-    "dead_letters_count", "Chunks that could not be embedded", multiprocess_mode="mostrecent"
-)
+DEAD_LETTERS: Final = Gauge("dead_letters_count", "Chunks that could not be embedded", multiprocess_mode="mostrecent")
 OLDEST_JOB_SECONDS: Final = Gauge(
-    "oldest_job_age_seconds", "How long the oldest waiting chunk has waited, 0 without any", multiprocess_mode="mostrecent"
+    "oldest_job_age_seconds",
+    "How long the oldest waiting chunk has waited, 0 without any",
+    multiprocess_mode="mostrecent",
 )
 PAUSED_PROVIDERS: Final = Gauge(
     "paused_providers_count", "Embedding providers that are left alone", multiprocess_mode="mostrecent"
@@ -77,6 +77,9 @@ ARCHIVE_ERRORS: Final = Counter(
 REPLICA_FALLBACKS: Final = Counter(
     "replica_fallbacks_total", "Reads for the replica that the primary answered, by reason", ["reason"]
 )
+
+QUEUE_GAUGES: Final = (PENDING_CHUNKS, DEAD_LETTERS, OLDEST_JOB_SECONDS, PAUSED_PROVIDERS)
+"""What :meth:`EmbeddingQueue.depth` and :meth:`EmbeddingQueue.pauses` bring up to date."""
 
 _engines: Final[WeakSet[AsyncEngine]] = WeakSet()
 _engines_lock: Final = threading.Lock()

@@ -112,6 +112,9 @@ async def test_every_figure_has_the_name_that_dashboards_know(figures: Figures) 
     expected = {
         "embedding_processing_seconds": "histogram",
         "pending_chunks_count": "gauge",
+        "dead_letters_count": "gauge",
+        "oldest_job_age_seconds": "gauge",
+        "paused_providers_count": "gauge",
         "embedding_errors_total": "counter",
         "embedding_processed_total": "counter",
         "db_query_duration_seconds": "histogram",
