@@ -51,6 +51,10 @@ def vector_of(text: str, dimension: int = 1536) -> NDArray[np.float32]:
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
+def vectors_of(texts: list[str], size: int = 1536) -> NDArray[np.float32]:
+    return np.stack([vector_of(text, size) for text in texts])
+
+
 def texts_of(body: Body) -> list[str]:
     """Return the texts of a request, which may send one alone as a string."""
     return [body["input"]] if isinstance(body["input"], str) else list(body["input"])
