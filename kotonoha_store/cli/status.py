@@ -1,0 +1,196 @@
+"""status, stats, sessions."""
+
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from kotonoha_store import statistics
+from kotonoha_store.cli.app import (
+    FINDINGS,
+    INSPECT,
+    AsJson,
+    Size,
+    app,
+    open_database,
+    open_store,
+    pairs,
+    plain,
+    progress,
+    show,
+    table,
+)
+from kotonoha_store.cli.filters import Channel, Guild, Thread, User
+from kotonoha_store.records import SessionStatus
+from kotonoha_store.statistics import StoreStatistics, StoreStatus
+
+
+@app.command(rich_help_panel=INSPECT)
+async def status(as_json: AsJson = False) -> None:
+    """Show what is stored and what waits: sessions, sources, queue, dead letters, paused providers, sizes.
+
+    Rows of tables are the planner's estimate; everything else is counted.
+
+    Example: kotonoha-store status
+    """
+    async with open_database() as database:
+        result = await statistics.store_status(database)
+    show(result, as_json, *_status(result))
+
+
+@app.command(rich_help_panel=INSPECT)
+async def stats(
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="First fill in missing words, count terms anew, and ANALYZE the tables.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what searches and the planner go by: vectors by model, words, dead rows, last VACUUM, use of indexes.
+
+    `status` is quick and says what is stored; this reads every chunk's row. Use `--refresh` after other programs
+    wrote chunks, after a large import or deletion, and when searches by words rank badly. It ends with 1 where
+    this role may not ANALYZE a table.
+
+    Example: kotonoha-store stats --refresh
+    """
+    refused: tuple[str, ...] = ()
+    async with open_store(embedder=False) as store:
+        if refresh:
+            await store.fill_terms()
+            with progress("Analysing tables", as_json) as report:
+                refused = await statistics.analyze(store.database, progress=report)
+        result = await statistics.store_statistics(store.database)
+    people = _statistics(result)
+    if refused:
+        people.append(plain(f"\nnot analysed, since this role may not: {', '.join(refused)}", style="yellow"))
+    show({"statistics": result, "refreshed": refresh, "not_analysed": refused}, as_json, *people)
+    if refused:
+        raise typer.Exit(FINDINGS)
+
+
+@app.command(rich_help_panel=INSPECT)
+async def sessions(
+    state: Annotated[SessionStatus | None, typer.Option("--status", help="Only those of this status.")] = None,
+    guild: Guild = None,
+    channel: Channel = None,
+    thread: Thread = None,
+    user: User = None,
+    after: Annotated[int, typer.Option(help="The last id of the page before.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List sessions in the order of their ids, without their messages.
+
+    Example: kotonoha-store sessions --status active --guild 123
+    """
+    async with open_store(embedder=False) as store, store.begin() as tx:
+        found = await tx.sessions.list(
+            after_id=after,
+            limit=limit,
+            status=state,
+            guild_id=guild,
+            channel_id=channel,
+            thread_id=thread,
+            user_id=user,
+        )
+    rows = [
+        (each.id, each.session_key, each.session_type, each.status, each.message_count, each.last_active_at)
+        for each in found
+    ]
+    columns = ("id", "key", "type", "status", "messages", "last active")
+    show({"sessions": found}, as_json, table(*columns, rows=rows))
+
+
+def _status(result: StoreStatus) -> list[RenderableType]:
+    queue = result.queue
+    tables = {each.name: each for each in result.tables}
+    indexes = {name: sum(each.bytes for each in result.indexes if each.table == name) for name in tables}
+    people: list[RenderableType] = [
+        _heading("Sessions"),
+        pairs((status.value, count) for status, count in result.sessions.items()),
+        _heading("Sources"),
+        pairs((status.value, count) for status, count in result.sources.items()),
+        _heading("Embedding queue"),
+        pairs(
+            [
+                ("ready", queue.ready),
+                ("leased", queue.leased),
+                ("put off", queue.waiting - queue.leased),
+                ("dead letters", queue.dead),
+                ("oldest", None if queue.oldest_seconds is None else f"{queue.oldest_seconds:.0f} s"),
+            ]
+        ),
+    ]
+    if result.pauses:
+        columns = ("provider", "paused for", "failures", "last error")
+        rows = [(each.provider, each.remaining, each.failures, each.error_code) for each in result.pauses]
+        people += [_heading("Providers that failed lately"), table(*columns, rows=rows)]
+    people += [
+        _heading("Tables"),
+        table(
+            "table",
+            "rows",
+            "size",
+            "indexes",
+            rows=[(each.name, each.rows, Size(each.bytes), Size(indexes[each.name])) for each in result.tables],
+        ),
+        _heading("Largest indexes"),
+        table("index", "size", rows=[(each.name, Size(each.bytes)) for each in result.indexes[:8]]),
+        plain(f"\nthe whole database: {Size(result.database_bytes)}"),
+    ]
+    return people
+
+
+def _statistics(result: StoreStatistics) -> list[RenderableType]:
+    return [
+        _heading("Vectors"),
+        table("model", "chunks", rows=[(model or "unknown", count) for model, count in result.models]),
+        _heading("Chunks"),
+        pairs(
+            [
+                ("all", result.chunks),
+                ("without a vector", result.chunks_without_vector),
+                ("without words", result.chunks_without_words),
+                ("when terms were counted", result.terms_counted),
+                ("common terms", result.common_terms),
+            ]
+        ),
+        _heading("Tables"),
+        table(
+            "table",
+            "live rows",
+            "dead rows",
+            "vacuumed",
+            "analysed",
+            "full scans",
+            "index scans",
+            "cache hits",
+            rows=[
+                (
+                    each.name,
+                    each.live_rows,
+                    each.dead_rows,
+                    each.vacuumed_at,
+                    each.analysed_at,
+                    each.sequential_scans,
+                    each.index_scans,
+                    None if each.cache_hit is None else f"{each.cache_hit:.1%}",
+                )
+                for each in result.tables
+            ],
+        ),
+        _heading("Indexes"),
+        table(
+            "index",
+            "table",
+            "scans",
+            "size",
+            "valid",
+            rows=[(each.name, each.table, each.scans, Size(each.bytes), each.is_valid) for each in result.indexes],
+        ),
+    ]
+
+
+def _heading(name: str) -> Text:
+    return Text(f"\n{name}", style="bold")
