@@ -64,6 +64,7 @@ from kotonoha_store.records import (
     SourceStatus,
     SourceType,
 )
+from kotonoha_store.replicas import ReplicaStatus
 from kotonoha_store.retrieval import SearchRepository
 from kotonoha_store.search_records import (
     AnyFilters,
@@ -130,6 +131,7 @@ __all__ = [
     "RateLimitedError",
     "Recall",
     "RecallReport",
+    "ReplicaStatus",
     "RestoredSession",
     "SchemaOutdatedError",
     "Scope",

@@ -1,8 +1,8 @@
 """The whole library behind one object: :class:`Store`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
@@ -20,12 +20,13 @@ from kotonoha_store.database import Database, translated_errors
 from kotonoha_store.document_parts import TextPart, document_chunks
 from kotonoha_store.embedders import Embedder, embedder_from_settings
 from kotonoha_store.embedding_queue import EmbeddingQueue
-from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError
+from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError, StoreError
 from kotonoha_store.health import LIMIT_SECONDS, Health, HealthReport
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.recall import TOKENS_A_MESSAGE, Recall, assemble
 from kotonoha_store.recall_check import RecallReport, recall_check
 from kotonoha_store.records import DocumentResult, Scope, SessionRecord, SourceType
+from kotonoha_store.replicas import Replica, ReplicaStatus, parse_position, write_position
 from kotonoha_store.retrieval import SearchRepository
 from kotonoha_store.search_records import AnyFilters, Fusion, SearchFilters, SearchResult
 from kotonoha_store.search_request import Match, check_query, check_search
@@ -90,9 +91,12 @@ class Store:
     Made by :meth:`open`. One per process is enough; any number of tasks may use it at once.
     """
 
-    def __init__(self, database: Database, settings: Settings, embedder: Embedder | None) -> None:
+    def __init__(
+        self, database: Database, settings: Settings, embedder: Embedder | None, replica: Replica | None = None
+    ) -> None:
         self.database = database
         self.settings = settings
+        self._replica = replica
         self._embedder = embedder
         self._selectivities: Remembered[AnyFilters, Selectivity] = Remembered()
 
@@ -115,8 +119,11 @@ class Store:
             raise ConfigurationError("embedder must be an embedder, such as HashingEmbedder() or OpenAIEmbedder()")
         own = embedder_from_settings(settings) if embedder is None else None
         try:
-            async with await Database.open(settings) as database:
-                yield cls(database, settings, embedder or own)
+            async with await Database.open(settings) as database, AsyncExitStack() as stack:
+                replica = Replica.from_settings(settings, database)
+                if replica is not None:
+                    stack.push_async_callback(replica.close)
+                yield cls(database, settings, embedder or own, replica)
         finally:
             if own is not None:
                 await own.aclose()
@@ -133,12 +140,39 @@ class Store:
     async def begin(self) -> AsyncIterator[UnitOfWork]:
         """One transaction: commits on a clean exit, rolls back on any exception."""
         async with self.database.begin() as session:
-            yield UnitOfWork(
-                session=session,
-                sessions=SessionRepository(session, archive_max_messages=self.settings.kb_archive_max_messages),
-                knowledge=self._knowledge(session),
-                search=self._search(session),
-            )
+            yield self._unit(session)
+
+    @asynccontextmanager
+    async def read(self, *, after: str | None = None) -> AsyncIterator[UnitOfWork]:
+        """One transaction that only reads, on the replica where DATABASE_REPLICA_URL names one that can be used.
+
+        Else on the primary. What the block reads may be up to KB_REPLICA_MAX_LAG_SECONDS old.
+
+        Args:
+            after: what :meth:`write_position` returned: everything written before is seen.
+
+        Raises:
+            InvalidInputError: ``after`` is something else.
+            StoreUnavailableError: the server was lost within the block. Run it again: another one answers.
+            ConfigurationError: the block writes.
+        """
+        position = parse_position(after)
+        async with AsyncExitStack() as stack:
+            yield self._unit(await self._reading(stack, position))
+
+    async def write_position(self) -> str:
+        """Return a token of everything committed so far: reads with ``after=token`` see it, whoever answers.
+
+        A text, such as ``0/3000028``, that may be passed on to other processes. Costs a round trip to the primary.
+
+        Raises:
+            StoreUnavailableError: the primary did not answer.
+        """
+        return await write_position(self.database)
+
+    async def replica_status(self) -> ReplicaStatus | None:
+        """Ask the replica how it stands, within some seconds; None when DATABASE_REPLICA_URL is not set."""
+        return None if self._replica is None else await self._replica.status()
 
     @property
     def embedder(self) -> Embedder:
@@ -305,8 +339,12 @@ class Store:
         fusion: Fusion | None = None,
         diversity: float | None = None,
         neighbours: int = 0,
+        after: str | None = None,
     ) -> SearchResult:
         """Find chunks by meaning, by words, or by both.
+
+        Where DATABASE_REPLICA_URL names a replica that can be used, it answers (``result.from_replica``): what was
+        written within the last KB_REPLICA_MAX_LAG_SECONDS may be missing, unless ``after`` asks for it.
 
         Args:
             query: a text, embedded here, or (by meaning) a vector of shape (1536,).
@@ -324,6 +362,8 @@ class Store:
             fusion: hybrid: how meaning and words are weighed.
             diversity: by meaning or hybrid, 0 to 1: hits that differ from each other.
             neighbours: how many chunks before and after each hit to bring along.
+            after: what :meth:`write_position` returned: everything written before is found. A replica is waited for
+                up to KB_REPLICA_WAIT_SECONDS, then the primary answers.
 
         Raises:
             InvalidInputError: no scope, a blank query, or a value out of range.
@@ -346,6 +386,7 @@ class Store:
             neighbours=neighbours,
         )
         _check_mode(query, mode, threshold=threshold, diversity=diversity, match=match, fusion=fusion)
+        position = parse_position(after)
         if isinstance(query, str) and model is not None and (mode == "words" or model != self.embedder.model):
             raise InvalidInputError("model= says who made a vector; a text is embedded by the store's own embedder")
         page: _Page = {
@@ -356,8 +397,7 @@ class Store:
             "neighbours": neighbours,
         }
         if mode == "words":
-            async with self._searching() as search:
-                return await search.matching(str(query), match=match, **page)
+            return await self._searched(lambda search: search.matching(str(query), match=match, **page), position)
         started = perf_counter()
         if isinstance(query, str):
             model = self.embedder.model
@@ -367,11 +407,13 @@ class Store:
             vector, model = query, model or self.embedder.model
         embedding = perf_counter() - started
         ranking: _Ranking = {"model": model, "threshold": threshold, "effort": effort, "diversity": diversity}
-        async with self._searching() as search:
+
+        def run(search: SearchRepository) -> Awaitable[SearchResult]:
             if mode == "meaning":
-                result = await search.nearest(vector, **ranking, **page)
-            else:
-                result = await search.hybrid(str(query), vector, fusion=fusion, **ranking, **page)
+                return search.nearest(vector, **ranking, **page)
+            return search.hybrid(str(query), vector, fusion=fusion, **ranking, **page)
+
+        result = await self._searched(run, position)
         return replace(result, timings=replace(result.timings, embedding=embedding))
 
     async def recall(
@@ -385,6 +427,7 @@ class Store:
         mode: Literal["words", "hybrid"] = "hybrid",
         top_k: int | None = None,
         fusion: Fusion | None = None,
+        after: str | None = None,
     ) -> Recall:
         """Return what a bot puts in its prompt: the session's last messages and what it remembers beside them.
 
@@ -400,6 +443,8 @@ class Store:
                 only what has none either.
             mode: ``hybrid``, or ``words`` where there is no embedder.
             top_k: how many hits to choose from; KB_DEFAULT_TOP_K by default.
+            after: as for :meth:`search`, and the messages come from the replica then, too. Without it they come from
+                the primary: the last one was written just now.
 
         Raises:
             NotFoundError: no session has this key, and no filters are given.
@@ -412,10 +457,17 @@ class Store:
         if mode not in ("words", "hybrid"):
             raise InvalidInputError(f"mode must be words or hybrid, got {mode!r}")
         fitting = min(_RECALL_MESSAGES, max_tokens // TOKENS_A_MESSAGE)
-        async with self.begin() as tx:
+        async with self.begin() if after is None else self.read(after=after) as tx:
             session = await tx.sessions.find(session_key, last=fitting)
         search = partial(
-            self.search, query, mode=mode, top_k=top_k, everywhere=everywhere, threshold=None, fusion=fusion
+            self.search,
+            query,
+            mode=mode,
+            top_k=top_k,
+            everywhere=everywhere,
+            threshold=None,
+            fusion=fusion,
+            after=after,
         )
         if filters is not None or everywhere:
             result = await search(filters=filters)
@@ -458,10 +510,38 @@ class Store:
                     after_id = await fill_terms(connection, after_id=after_id)
                     await refresh_terms(connection, force=after_id is None)
 
-    @asynccontextmanager
-    async def _searching(self) -> AsyncIterator[SearchRepository]:
+    async def _searched(
+        self, run: Callable[[SearchRepository], Awaitable[SearchResult]], after: int | None
+    ) -> SearchResult:
+        if self._replica is not None and await self._replica.is_ready():
+            try:
+                async with self._replica.driver(after) as connection:
+                    return replace(await run(self._search(connection)), from_replica=True)
+            except InvalidInputError:
+                raise
+            except StoreError as error:
+                self._replica.failed(error)
         async with self.database.driver() as connection:
-            yield self._search(connection)
+            return await run(self._search(connection))
+
+    async def _reading(self, stack: AsyncExitStack, after: int | None) -> AsyncSession:
+        if self._replica is not None and await self._replica.is_ready():
+            try:
+                return await stack.enter_async_context(self._replica.begin(after))
+            except StoreError as error:
+                self._replica.failed(error)
+        session = await stack.enter_async_context(self.database.begin())
+        with translated_errors():
+            await (await session.connection()).exec_driver_sql("SET TRANSACTION READ ONLY")
+        return session
+
+    def _unit(self, session: AsyncSession) -> UnitOfWork:
+        return UnitOfWork(
+            session=session,
+            sessions=SessionRepository(session, archive_max_messages=self.settings.kb_archive_max_messages),
+            knowledge=self._knowledge(session),
+            search=self._search(session),
+        )
 
     def _search(self, connection: AsyncSession | Any) -> SearchRepository:
         return SearchRepository(

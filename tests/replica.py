@@ -1,0 +1,94 @@
+"""A primary and its streaming replicas, from the embedded server's programs."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from conftest import VERSION
+from sqlalchemy import URL, make_url
+
+from kotonoha_store import Settings, embedded
+from kotonoha_store.endpoints import connect_arguments
+
+
+class Standby:
+    """A server made by pg_basebackup, which follows its primary until it is promoted."""
+
+    def __init__(self, primary: embedded.EmbeddedServer, directory: Path) -> None:
+        # Runs programs as the user who owns the primary's directory, where this process is root's.
+        self._cluster = embedded._Cluster(primary.data_dir, primary.bin_dir, embedded._owner(primary.data_dir))
+        self._directory = directory
+        directory.mkdir(mode=0o700)
+        if owner := self._cluster.owner:
+            os.chown(directory, owner["user"], owner["group"])
+        address = ["-h", primary.host, "-p", str(primary.port), "-U", "postgres"]
+        self._run("pg_basebackup", *address, "-D", str(directory), "-R", "-c", "fast", "--no-sync")
+        self._runs = False
+        self.start()
+
+    def url(self, database: str) -> URL:
+        return make_url(f"postgresql://postgres@/{database}?host={self._directory}&port=5433")
+
+    def start(self) -> None:
+        # Another port: the lock of the primary's socket lies in its directory, and so in the copy.
+        options = "-c listen_addresses= -c unix_socket_directories=. -p 5433 -c wal_retrieve_retry_interval=50ms"
+        log = str(self._directory / "log")
+        if not self._runs:
+            self._run("pg_ctl", "start", "-w", "-D", str(self._directory), "-l", log, "-o", options)
+        self._runs = True
+
+    def stop(self) -> None:
+        if self._runs:
+            self._run("pg_ctl", "stop", "-m", "immediate", "-w", "-D", str(self._directory))
+        self._runs = False
+
+    def _run(self, program: str, *arguments: str) -> None:
+        status, output = self._cluster.run(program, *arguments)
+        assert status == 0, f"{program}: {output}"
+
+
+class Pair:
+    """A primary, and the standby that most tests share."""
+
+    def __init__(self, primary: embedded.EmbeddedServer, directory: Path) -> None:
+        self._primary = primary
+        self._directory = directory
+        self.standby = self.another("standby")
+
+    def another(self, name: str) -> Standby:
+        return Standby(self._primary, self._directory / name)
+
+    def url(self, database: str) -> URL:
+        """The primary's."""
+        return make_url(self._primary.url(database))
+
+
+@contextmanager
+def pair() -> Iterator[Pair]:
+    # Short, since a socket's path is limited.
+    directory = Path(tempfile.mkdtemp(prefix="kt"))
+    directory.chmod(0o755)
+    primary = embedded.start(directory / "pg", version=VERSION, databases=("postgres",))
+    try:
+        servers = Pair(primary, directory)
+        try:
+            yield servers
+        finally:
+            servers.standby.stop()
+    finally:
+        primary.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def fetch(url: URL, statement: str, *arguments: Any) -> Any:
+    """The statement's value, on a connection of its own."""
+    connection = await asyncpg.connect(**connect_arguments(url, Settings(_env_file=None)))
+    try:
+        return await connection.fetchval(statement, *arguments)
+    finally:
+        await connection.close()
