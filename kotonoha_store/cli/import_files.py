@@ -1,0 +1,116 @@
+"""import files."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+
+from kotonoha_store.cli.app import (
+    FINDINGS,
+    AsJson,
+    Yes,
+    confirm,
+    import_app,
+    open_store,
+    pairs,
+    plain,
+    progress,
+    show,
+    table,
+)
+from kotonoha_store.importers.files import import_files
+from kotonoha_store.records import Scope, SourceType
+
+
+@import_app.command("files")
+async def files(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files, and folders with all below them.")],
+    glob: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which files of folders, such as *.md; may be repeated. By default text, Markdown, HTML, PDF."
+        ),
+    ] = None,
+    guild: Annotated[int | None, typer.Option(help="The guild that the documents are of.")] = None,
+    channel: Annotated[int | None, typer.Option(help="The channel that they are of.")] = None,
+    thread: Annotated[int | None, typer.Option(help="The thread that they are of.")] = None,
+    user: Annotated[int | None, typer.Option(help="The user whose they are.")] = None,
+    type_: Annotated[
+        SourceType | None, typer.Option("--type", help="document_file or web_page; by default web_page for HTML only.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Where the folder is published; hits link there. By default its name.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="The folder that addresses are relative to; by default the one given.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of files of text, such as shift_jis; by default it is found.")
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete documents of these folders whose file is gone; try --dry-run first.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read everything, and only say what would change.")
+    ] = False,
+    rejects: Annotated[Path | None, typer.Option(help="A file for the list of files that could not be read.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="How many files are parsed at once.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="How long the parsing of one may take.")] = 60,
+    max_mib: Annotated[int, typer.Option(min=1, max=1024, help="Longer files are set aside.")] = 100,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Import text, Markdown, HTML and PDF files as documents, which hits quote with page or section.
+
+    Imported again, an unchanged file changes nothing, and of a changed one only the changed parts are embedded
+    again. Hidden files, symbolic links and what is no text are passed over and counted; what cannot be read is set
+    aside with the reason, and then the exit code is 1. Embed the new parts by `embed` or a `worker`.
+
+    Example: kotonoha-store import files manuals/ --guild 1 --base-url https://example.org/manuals/
+    """
+    if prune and not dry_run:
+        confirm("Delete the documents of these folders whose files are gone (--dry-run lists them)?", yes)
+    async with open_store(embedder=False) as store:
+        with progress("Importing files", as_json) as report:
+            result = await import_files(
+                store,
+                paths,
+                globs=glob or (),
+                root=root,
+                base_url=base_url,
+                scope=Scope(guild_id=guild, channel_id=channel, thread_id=thread, user_id=user),
+                source_type=type_,
+                encoding=encoding,
+                prune=prune,
+                dry_run=dry_run,
+                rejects=rejects,
+                concurrency=concurrency,
+                seconds=seconds,
+                max_bytes=max_mib * 2**20,
+                progress=report,
+            )
+    chunks = result.inner["chunks"]
+    people: list[RenderableType] = [
+        plain("Dry run: nothing was written." if dry_run else "Imported.", "bold"),
+        pairs(
+            [
+                ("files read", result.read),
+                ("imported", f"{result.imported} ({result.details['new']} new, {result.details['changed']} changed)"),
+                ("unchanged", result.unchanged),
+                ("passed over", result.skipped),
+                ("set aside", result.rejected),
+                (
+                    "chunks",
+                    f"{chunks.imported} new, {chunks.unchanged} kept, {result.details['removed_chunks']} removed",
+                ),
+                *([("pruned", result.details["pruned"])] if prune else []),
+            ]
+        ),
+        *(plain(note) for note in result.notes),
+    ]
+    if result.rejections:
+        people.append(table("set aside", "because", rows=[(each.where, each.reason) for each in result.rejections]))
+    show(result, as_json, *people)
+    if result.has_rejects:
+        raise typer.Exit(FINDINGS)
