@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -34,6 +34,24 @@ class _Row(NamedTuple):
     content_hash: bytes
     occurred_from: datetime | None
     occurred_to: datetime | None
+
+
+class OwnedRow(NamedTuple):
+    """A checked chunk and whose it is."""
+
+    source_id: int
+    title: str
+    scope: Scope
+    row: _Row
+
+
+class CheckedDocument(NamedTuple):
+    """A document whose every value can be stored; the source's columns by name, the chunks and their rows."""
+
+    values: dict[str, Any]
+    scope: Scope
+    chunks: Sequence[NewChunk]
+    rows: Sequence[_Row]
 
 
 _CHUNK_COLUMNS: Final = ("id", "source_id", *SCOPE_FIELDS, *_Row._fields)
@@ -114,7 +132,7 @@ class KnowledgeRepository:
         """
         rows = _rows(chunks)
         title, scope = await self._locked_source(source_id)
-        ids = await self._insert_chunks(source_id, title, scope, rows)
+        ids = await self.insert_chunks([OwnedRow(source_id, title, scope, row) for row in rows])
         await refresh_terms(self._session)
         await recompute_status(self._session, [source_id])
         return ids
@@ -140,18 +158,22 @@ class KnowledgeRepository:
         Raises:
             InvalidInputError: no chunks, or a value that cannot be stored. Nothing was written.
         """
-        if not chunks:
-            raise InvalidInputError("the document has no text; there is nothing to remember")
-        scope = scope or Scope()
-        rows = _rows(chunks)
-        values = _source_values(type, title, uri, scope, metadata or {})
+        document = check_document(title, chunks, type=type, uri=uri, scope=scope, metadata=metadata)
+        result = await self.put_checked(document, model=model)
+        await refresh_terms(self._session)
+        await recompute_status(self._session, [result.source_id])
+        return result
+
+    async def put_checked(self, document: CheckedDocument, *, model: str | None = None) -> DocumentResult:
+        """As :meth:`put_document`; the caller refreshes terms and status afterwards, of many documents at once."""
+        values, scope, chunks, rows = document
+        title: str = values["title"]
         old_title: str | None = title
-        if uri is None:
+        if "document_key" not in values:
             source_id = (
                 await self._session.execute(insert(KnowledgeSource).values(values).returning(KnowledgeSource.id))
             ).scalar_one()
         else:
-            values["document_key"] = _document_key(type, uri, scope)
             old_title = (await self._session.execute(_lock_title(values["document_key"]))).scalar_one_or_none()
             # One statement that inserts or locks: two that add it at once come one after the other.
             statement = insert(KnowledgeSource).values(values)
@@ -166,8 +188,6 @@ class KnowledgeRepository:
         kept, removed, added = await self._replace_chunks(source_id, title, scope, chunks, rows, model)
         if old_title != title:
             await rewrite_terms(self._session, [TextOfChunk(chunk_id, title, text, scope) for chunk_id, text in kept])
-        await refresh_terms(self._session)
-        await recompute_status(self._session, [source_id])
         return DocumentResult(source_id=source_id, added=added, kept=len(kept), removed=removed)
 
     @translated
@@ -304,22 +324,25 @@ class KnowledgeRepository:
             raise NotFoundError(f"there is no source {source_id}")
         return row.title, Scope(*row[1:])
 
-    async def _insert_chunks(self, source_id: int, title: str, scope: Scope, rows: Sequence[_Row]) -> list[int]:
-        if not rows:
+    async def insert_chunks(self, owned: Sequence[OwnedRow]) -> list[int]:
+        """Insert checked chunks of sources that this transaction has locked or made, with their jobs and words.
+
+        The caller refreshes terms and status afterwards.
+        """
+        if not owned:
             return []
-        owner = (source_id, *(getattr(scope, name) for name in SCOPE_FIELDS))
-        ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(rows)})]
+        ids: list[int] = [row[0] for row in await self._session.execute(_reserve_ids(), {"count": len(owned)})]
         # The statement above has begun the transaction that COPY, being the driver's own, takes part in.
         await ensure_codecs(self._session)
         driver = await driver_connection(self._session)
-        for start in range(0, len(rows), self._insert_batch_size):
-            batch = rows[start : start + self._insert_batch_size]
-            numbered = list(zip(ids[start : start + len(batch)], batch, strict=True))
-            records = [(chunk_id, *owner, *row) for chunk_id, row in numbered]
+        numbered = list(zip(ids, owned, strict=True))
+        for start in range(0, len(owned), self._insert_batch_size):
+            batch = numbered[start : start + self._insert_batch_size]
+            records = [(chunk_id, each.source_id, *astuple(each.scope), *each.row) for chunk_id, each in batch]
             await driver.copy_records_to_table("knowledge_chunks", columns=_CHUNK_COLUMNS, records=records)
-            if waiting := [(chunk_id,) for chunk_id, row in numbered if row.embedding is None]:
+            if waiting := [(chunk_id,) for chunk_id, each in batch if each.row.embedding is None]:
                 await driver.copy_records_to_table("embedding_jobs", columns=["chunk_id"], records=waiting)
-        texts = [TextOfChunk(chunk_id, title, row.content, scope) for chunk_id, row in zip(ids, rows, strict=True)]
+        texts = [TextOfChunk(chunk_id, each.title, each.row.content, each.scope) for chunk_id, each in numbered]
         await write_terms(self._session, texts)
         return ids
 
@@ -343,10 +366,14 @@ class KnowledgeRepository:
         new: list[_Row] = []
         kept: list[tuple[int, str]] = []
         for chunk, row in zip(chunks, rows, strict=True):
-            if not (same := existing[row.content_hash]):
+            same = existing[row.content_hash]
+            # A vector that is given is not passed over for a chunk that still waits, or has another model's.
+            fits = (each for each in same if row.embedding is None or each.embedding_model == row.embedding_model)
+            old: AnyRow | None = next(fits, None)
+            if old is None:
                 new.append(row)
                 continue
-            old = same.pop(0)
+            same.remove(old)
             gone.remove(old.id)
             kept.append((old.id, row.content))
             place = (chunk.location, row.occurred_from, row.occurred_to)
@@ -359,7 +386,7 @@ class KnowledgeRepository:
         connection = await self._session.connection()
         for start in range(0, len(moved), self._update_batch_size):
             await connection.execute(_move(), moved[start : start + self._update_batch_size])
-        await self._insert_chunks(source_id, title, scope, new)
+        await self.insert_chunks([OwnedRow(source_id, title, scope, row) for row in new])
         return kept, len(gone), len(new)
 
 
@@ -384,6 +411,30 @@ def _source_values(
         "source_metadata": dict(metadata),
         **asdict(scope),
     }
+
+
+def check_document(
+    title: str,
+    chunks: Sequence[NewChunk],
+    *,
+    type: SourceType = SourceType.DOCUMENT_FILE,  # noqa: A002  the column's name
+    uri: str | None = None,
+    scope: Scope | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> CheckedDocument:
+    """Check all of a document before the first of it is written.
+
+    Raises:
+        InvalidInputError: no chunks, or a value that cannot be stored.
+    """
+    if not chunks:
+        raise InvalidInputError("the document has no text; there is nothing to remember")
+    scope = scope or Scope()
+    rows = _rows(chunks)
+    values = _source_values(type, title, uri, scope, metadata or {})
+    if uri is not None:
+        values["document_key"] = _document_key(type, uri, scope)
+    return CheckedDocument(values, scope, chunks, rows)
 
 
 def _document_key(type: SourceType, uri: str, scope: Scope) -> bytes:  # noqa: A002  the column's name
