@@ -200,7 +200,7 @@ async def missing(database: Database, *, prefix: str = DEFAULT_PREFIX, schema: s
                 (facts.names[role], "table", f"{_quoted(facts.schema)}.{_quoted(table)}", table, privilege)
                 for role in _LATER_TABLES
                 for table in facts.tables
-                for privilege in _on_table(role, table).split(", ")
+                for privilege in privileges_on(role, table).split(", ")
             ]
             expected += [
                 (facts.names[role], "sequence", f"{_quoted(facts.schema)}.{_quoted(sequence)}", sequence, privilege)
@@ -388,7 +388,7 @@ def _privileges(facts: _Facts) -> list[str]:
     for table in facts.tables:
         name = f"{schema}.{_quoted(table)}"
         result.append(f"REVOKE ALL ON TABLE {name} FROM PUBLIC, {everybody}")
-        result += [f"GRANT {_on_table(role, table)} ON TABLE {name} TO {group}" for role, group in groups.items()]
+        result += [f"GRANT {privileges_on(role, table)} ON TABLE {name} TO {group}" for role, group in groups.items()]
     for sequence in facts.sequences:
         name = f"{schema}.{_quoted(sequence)}"
         result.append(f"REVOKE ALL ON SEQUENCE {name} FROM PUBLIC, {everybody}")
@@ -403,7 +403,8 @@ def _privileges(facts: _Facts) -> list[str]:
     return result
 
 
-def _on_table(role: Role, table: str) -> str:
+def privileges_on(role: Role, table: str) -> str:
+    """Return what this role may do to one of :data:`OUR_TABLES`, as GRANT writes it."""
     return _TABLES[role][table] if role in _TABLES else _READ
 
 

@@ -17,7 +17,9 @@ _MODULES: Final[tuple[str, ...]] = (
     "dead_letters",
     "server",
     "index",
+    "doctor",
     "roles",
+    "import_files",
 )
 
 for _name in _MODULES:
