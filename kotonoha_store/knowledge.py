@@ -369,16 +369,16 @@ class KnowledgeRepository:
             same = existing[row.content_hash]
             # A vector that is given is not passed over for a chunk that still waits, or has another model's.
             fits = (each for each in same if row.embedding is None or each.embedding_model == row.embedding_model)
-            old: AnyRow | None = next(fits, None)
-            if old is None:
+            found: AnyRow | None = next(fits, None)
+            if found is None:
                 new.append(row)
                 continue
-            same.remove(old)
-            gone.remove(old.id)
-            kept.append((old.id, row.content))
+            same.remove(found)
+            gone.remove(found.id)
+            kept.append((found.id, row.content))
             place = (chunk.location, row.occurred_from, row.occurred_to)
-            if (old.location, old.occurred_from, old.occurred_to) != place:
-                moved.append(dict(zip(("chunk_id", "place", "since", "until"), (old.id, *place), strict=True)))
+            if (found.location, found.occurred_from, found.occurred_to) != place:
+                moved.append(dict(zip(("chunk_id", "place", "since", "until"), (found.id, *place), strict=True)))
         await self._session.execute(_delete_chunks(), {"ids": sorted(gone)})
         await self._session.execute(
             delete(KnowledgeChunkDeadLetter).where(KnowledgeChunkDeadLetter.source_id == source_id)
