@@ -6,6 +6,7 @@ queue until a worker has embedded them; search finds them again. Start with :cla
 
 from kotonoha_store.archive_restore import RestoredSession
 from kotonoha_store.archiver import ArchivedSession, ArchiveReport, SessionArchiver
+from kotonoha_store.bulk_load import LoadReport, NewDocument
 from kotonoha_store.columns import EMBEDDING_DIMENSION, HalfVector
 from kotonoha_store.database import Database
 from kotonoha_store.document_parts import TextPart
@@ -120,10 +121,12 @@ __all__ = [
     "KnowledgeSource",
     "Lease",
     "LeaseLostError",
+    "LoadReport",
     "Message",
     "ModelMismatchError",
     "Neighbour",
     "NewChunk",
+    "NewDocument",
     "NotFoundError",
     "OpenAIEmbedder",
     "ProviderPause",

@@ -1,7 +1,7 @@
 """The whole library behind one object: :class:`Store`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import migrations
 from kotonoha_store.archiver import SessionArchiver
+from kotonoha_store.bulk_load import LoadReport, NewDocument, OnRejected, load_documents
 from kotonoha_store.checks import check_count
 from kotonoha_store.columns import VectorLike
 from kotonoha_store.database import Database, translated_errors
@@ -25,7 +26,7 @@ from kotonoha_store.health import LIMIT_SECONDS, Health, HealthReport
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.recall import TOKENS_A_MESSAGE, Recall, assemble
 from kotonoha_store.recall_check import RecallReport, recall_check
-from kotonoha_store.records import DocumentResult, Scope, SessionRecord, SourceType
+from kotonoha_store.records import DocumentResult, Progress, Scope, SessionRecord, SourceType
 from kotonoha_store.replicas import Replica, ReplicaStatus, parse_position, write_position
 from kotonoha_store.retrieval import SearchRepository
 from kotonoha_store.search_records import AnyFilters, Fusion, SearchFilters, SearchResult
@@ -322,6 +323,29 @@ class Store:
                 metadata=metadata,
                 model=None if self._embedder is None else self._embedder.model,
             )
+
+    async def load_documents(
+        self,
+        documents: Iterable[NewDocument] | AsyncIterable[NewDocument],
+        *,
+        rebuild: bool | None = None,
+        total: int | None = None,
+        progress: Progress | None = None,
+        on_rejected: OnRejected | None = None,
+    ) -> LoadReport:
+        """Add many documents, with or without their vectors; see :func:`kotonoha_store.bulk_load.load_documents`.
+
+        Called again after an interruption it goes on; nothing is doubled.
+
+        Args:
+            rebuild: whether the HNSW index is dropped meanwhile and built at the end; None: where no vector is stored.
+
+        Raises:
+            InvalidInputError, ConfigurationError, StoreUnavailableError: see there.
+        """
+        return await load_documents(
+            self.database, documents, rebuild=rebuild, total=total, progress=progress, on_rejected=on_rejected
+        )
 
     async def search(
         self,
