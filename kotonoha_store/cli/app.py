@@ -260,7 +260,7 @@ app = App(
     epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 import_app = App(help="Bring in what other programs wrote.", no_args_is_help=True)
@@ -311,6 +311,13 @@ async def open_store(*, check: bool = True, embedder: bool = True) -> AsyncItera
         if check:
             (await migrations.state(store.database)).check()
         yield store
+
+
+def origin_of_address(settings: Settings) -> str:
+    """Which setting says where the database is."""
+    if settings.postgres_host is not None:
+        return "POSTGRES_HOST" + (" (DATABASE_URL is not used)" if settings.database_url is not None else "")
+    return "DATABASE_URL" if settings.database_url is not None else "no setting: the embedded server"
 
 
 def confirm(question: str, yes: bool) -> None:

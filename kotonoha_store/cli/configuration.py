@@ -11,7 +11,7 @@ from dotenv import dotenv_values
 from pydantic import SecretStr
 from rich.console import RenderableType
 
-from kotonoha_store.cli.app import FINDINGS, INSPECT, AsJson, app, plain, show, table
+from kotonoha_store.cli.app import FINDINGS, INSPECT, AsJson, app, origin_of_address, plain, show, table
 from kotonoha_store.endpoints import database_url
 from kotonoha_store.settings import Settings
 
@@ -50,13 +50,6 @@ def config(as_json: AsJson = False) -> None:
     show(result, as_json, *people)
     if unknown:
         raise typer.Exit(FINDINGS)
-
-
-def origin_of_address(settings: Settings) -> str:
-    """Which setting says where the database is."""
-    if settings.postgres_host is not None:
-        return "POSTGRES_HOST" + (" (DATABASE_URL is not used)" if settings.database_url is not None else "")
-    return "DATABASE_URL" if settings.database_url is not None else "no setting: the embedded server"
 
 
 def _masked(value: SecretStr | None) -> str:

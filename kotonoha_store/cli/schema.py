@@ -7,8 +7,18 @@ from rich.console import Group
 from sqlalchemy import text
 
 from kotonoha_store import migration_scripts, migrations
-from kotonoha_store.cli.app import SET_UP, AsJson, Yes, app, confirm, open_database, pairs, plain, show
-from kotonoha_store.cli.configuration import origin_of_address
+from kotonoha_store.cli.app import (
+    SET_UP,
+    AsJson,
+    Yes,
+    app,
+    confirm,
+    open_database,
+    origin_of_address,
+    pairs,
+    plain,
+    show,
+)
 from kotonoha_store.database import Database, translated_errors
 from kotonoha_store.migrations import SchemaState
 from kotonoha_store.settings import Settings

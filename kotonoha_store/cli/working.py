@@ -191,10 +191,11 @@ def _logging(level: int, as_json: bool) -> Any:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root, previous = logging.getLogger(), logging.getLogger().level
-    clients = [logging.getLogger(name) for name in ("httpx", "httpx2")]
+    # A line a request, and two a connection.
+    clients = [logging.getLogger(name) for name in ("httpx", "httpx2", "alembic")]
     root.addHandler(handler)
     root.setLevel(level)
-    for client in clients:  # one line a request
+    for client in clients:
         client.setLevel(logging.WARNING)
     try:
         yield
