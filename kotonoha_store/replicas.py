@@ -44,7 +44,10 @@ RETRY_SECONDS: Final = 10.0
 """How long a replica that failed is left alone."""
 
 ANSWER_SECONDS: Final = 2.0
-"""How long connecting to the replica may take, a connection of its pool to come free, or a server to say how it is."""
+"""How long connecting to the replica may take, or a server to say how it is."""
+
+POOL_SECONDS: Final = 0.5
+"""How long to wait for one of the replica's connections when all are in use."""
 
 _POSITIONS: Final = 100
 _LONGEST_PAUSE: Final = 0.05
@@ -186,7 +189,7 @@ class Replica:
         seconds = min(settings.db_connect_timeout, ANSWER_SECONDS)
         quick = settings.model_copy(update={"db_connect_attempts": 1, "db_connect_timeout": seconds})
         try:
-            database = Database(url, quick, pool_timeout=ANSWER_SECONDS)
+            database = Database(url, quick, pool_timeout=POOL_SECONDS)
         except ConfigurationError as error:
             raise ConfigurationError(_told(error)) from None
         return cls(

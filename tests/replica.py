@@ -1,5 +1,6 @@
 """A primary and its streaming replicas, from the embedded server's programs."""
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -75,6 +76,9 @@ def pair() -> Iterator[Pair]:
     directory.chmod(0o755)
     primary = embedded.start(directory / "pg", version=VERSION, databases=("postgres",))
     try:
+        # Copied with the data. Nothing here has to survive the machine.
+        asyncio.run(fetch(make_url(primary.url("postgres")), "ALTER SYSTEM SET fsync = off"))
+        asyncio.run(fetch(make_url(primary.url("postgres")), "SELECT pg_reload_conf()"))
         servers = Pair(primary, directory)
         try:
             yield servers

@@ -159,6 +159,8 @@ async def test_a_closed_store_says_so(settings: Settings) -> None:
         (lambda store, tx: store.search([1.0], mode="words", everywhere=True), "needs the query as text"),
         (lambda store, tx: store.search("x", mode="hybrid", fusion={"k": 1}, everywhere=True), "fusion must be"),
         (lambda store, tx: store.search("x", mode="words", match="some", everywhere=True), "match must be"),
+        (lambda store, tx: store.search("x", everywhere=True, after="yesterday"), "write_position"),
+        (lambda store, tx: store.recall("k", "x", 100, mode="words", after=5), "write_position"),
         (lambda store, tx: tx.search.matching("x", top_k="5", everywhere=True), "top_k must be"),
     ],
 )
