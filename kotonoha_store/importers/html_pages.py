@@ -126,6 +126,8 @@ class _PageText:
             if level or name in _BLOCKS:
                 self._separate("\n\n" if level or name in _PARAGRAPHS else "\n")
             if opens:
+                if name in ("td", "th"):
+                    self._separate(" | ")
                 todo.append((node, False))
                 todo.extend((child, True) for child in reversed(node.contents))
                 if name == "li":
@@ -136,8 +138,6 @@ class _PageText:
                     self._sign = "#" * level + " "
             elif name == "br":
                 self._separate("\n")
-            elif name in ("td", "th"):
-                self._separate(" | ")
             elif name == "li":
                 self._sign = ""
             elif heading is not None and heading[0] is node:
@@ -153,14 +153,16 @@ class _PageText:
             self.headings.append(Heading(start, self.size, _HEADINGS[node.name], title, anchor))
 
     def _write(self, text: str, verbatim: bool) -> None:
-        if not verbatim:
+        if verbatim:
+            text = text.lstrip("\n") if self._gap else text
+        else:
             text = _SPACE.sub(" ", WRAPPED.sub("", text))
             if text.startswith(" "):
                 self._separate(" ")
         if words := text if verbatim else text.strip(" "):
             self._flush()
             self._add(words)
-            if not verbatim and text.endswith(" "):
+            if text.endswith(" ") and not verbatim:
                 self._separate(" ")
 
     def _separate(self, gap: str) -> None:
