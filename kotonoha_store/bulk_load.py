@@ -154,7 +154,9 @@ async def load_documents(
         if load.has_dropped:
             raise
         return replace(load.report, index="missing")
-    return replace(load.report, index="rebuilt" if built is not None or load.has_dropped else "kept")
+    if built is None and not load.has_dropped:
+        return load.report
+    return replace(load.report, index="rebuilt", rebuild_pays=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +191,8 @@ class _Load:
             return None
 
     async def write(self, batch: Sequence[_Checked]) -> None:
-        vectors = sum(each.vectors for each in batch)
-        if vectors and self._before is None:
-            await self._begin_vectors(vectors)
+        if self._before is None and any(each.vectors for each in batch):
+            await self._begin_vectors(batch)
         async with self._database.begin() as session:
             with translated_errors():
                 done = await _write(session, batch)
@@ -209,10 +210,15 @@ class _Load:
             and total > _REBUILD_PAYS * ((self._before or 0) + total),
         )
 
-    async def _begin_vectors(self, vectors: int) -> None:
-        """Before the first vectors are written, decide about the index."""
+    async def _begin_vectors(self, batch: Sequence[_Checked]) -> None:
+        """Before the first vectors are written, decide about the index. What is there already costs nothing."""
         async with self._database.connect() as connection:
             with translated_errors():
+                rows = await connection.execute(_sources(), {"keys": [each.key for each in batch]})
+                there = {row.document_key for row in rows}
+                vectors = sum(each.vectors for each in batch if each.key not in there)
+                if not vectors:
+                    return
                 is_empty = (await connection.execute(_NO_VECTOR)).scalar_one()
                 self._before = (await connection.execute(_ESTIMATE)).scalar_one()
         if self._rebuild:
