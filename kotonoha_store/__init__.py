@@ -32,6 +32,7 @@ from kotonoha_store.errors import (
     TransientEmbeddingError,
     UnembeddableTextError,
 )
+from kotonoha_store.health import CheckResult, HealthReport
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.models import (
     Base,
@@ -92,6 +93,7 @@ __all__ = [
     "ArchivedSession",
     "Base",
     "BulkResult",
+    "CheckResult",
     "ChunkTerms",
     "Citation",
     "ClaimedChunk",
@@ -113,6 +115,7 @@ __all__ = [
     "Fusion",
     "HalfVector",
     "HashingEmbedder",
+    "HealthReport",
     "InvalidInputError",
     "InvalidVectorError",
     "KnowledgeChunk",

@@ -34,6 +34,18 @@ _PGVECTOR_FAULTS: Final = (
 )
 _INSTALL: Final = "the package postgresql-NN-pgvector, or the image pgvector/pgvector"
 
+_LACKING: Final = """
+SELECT format('USAGE ON SEQUENCE %s', s.oid::regclass) AS missing
+FROM pg_class AS s
+JOIN pg_depend AS d ON d.classid = 'pg_class'::regclass AND d.objid = s.oid AND d.deptype = 'a'
+WHERE CASE WHEN s.relkind = 'S' THEN NOT has_sequence_privilege(s.oid, 'USAGE') ELSE false END
+    AND d.refobjid IN (SELECT to_regclass(quote_ident(name)) FROM unnest($1::text[]) AS name)
+UNION ALL
+SELECT format('EXECUTE ON FUNCTION %s', p) FROM to_regprocedure('kotonoha_refresh_terms(boolean)') AS p
+WHERE NOT has_function_privilege(p, 'EXECUTE')
+ORDER BY 1
+"""
+
 # Kept free for administrators, beside whatever else connects.
 _SPARE: Final = 3
 
@@ -270,22 +282,23 @@ async def privileges(case: Case) -> list[Finding]:
         list(OUR_TABLES),
     )
     granted = {(row["name"], row["privilege"]) for row in held}
+    others = [row["missing"] for row in await case.driver.fetch(_LACKING, list(OUR_TABLES))]
     lacking = {}
     for each in (Role.APP, Role.WORKER):
         needed = [(table, one) for table in OUR_TABLES for one in privileges_on(each, table).split(", ")]
         lacking[each] = [pair for pair in needed if pair not in granted]
-        if not lacking[each]:
+        if not lacking[each] and not others:
             return [ok(code, f"all that the {each} needs")]
-    if all((table, "SELECT") in granted for table in OUR_TABLES) and not granted - {(t, "SELECT") for t in OUR_TABLES}:
-        return [
-            info(code, "this role only reads", "grant it what `kotonoha-store grants` gives the app, if it is to write")
-        ]
+    reading = {(table, "SELECT") for table in OUR_TABLES}
+    if granted == reading:
+        mend = "grant it what `kotonoha-store grants` gives the app, if it is to write"
+        return [info(code, "this role only reads", mend)]
     nearest = min(lacking, key=lambda each: len(lacking[each]))
     by_table: dict[str, list[str]] = {}
     for table, one in lacking[nearest]:
         by_table.setdefault(table, []).append(one)
     name = await case.driver.fetchval("SELECT quote_ident(current_user)")
-    sql = [f"GRANT {', '.join(wanted)} ON {table} TO {name}" for table, wanted in by_table.items()]
-    seen = f"this role lacks privileges that the {nearest} needs on {', '.join(by_table)}"
+    wanted = [f"{', '.join(ones)} ON {table}" for table, ones in by_table.items()] + others
+    seen = f"this role lacks privileges that the {nearest} needs: {'; '.join(wanted)}"
     mend = "have the owner grant them, or run `kotonoha-store grants` as the owner and make this role a member"
-    return [error(code, seen, mend, *sql)]
+    return [error(code, seen, mend, *(f"GRANT {each} TO {name}" for each in wanted))]
