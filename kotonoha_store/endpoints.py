@@ -217,13 +217,15 @@ def connect_arguments(
 
 
 class _PooledConnection(asyncpg.Connection):  # type: ignore[misc]  # untyped there
-    """Looks types up in one transaction: asyncpg turns ``jit`` off for its session meanwhile, and on again after.
+    """Looks types up in a transaction that is rolled back: asyncpg turns ``jit`` off for its session meanwhile.
 
-    Statement by statement that happened on two connections of the pooler's, and other clients were left without it.
+    Statement by statement it was turned on again on another connection of the pooler's, and clients were left without.
     """
 
     async def _introspect_types(self, *args: Any) -> Any:
-        if self.is_in_transaction():
+        transaction = self.transaction()
+        await transaction.start()
+        try:
             return await super()._introspect_types(*args)
-        async with self.transaction():
-            return await super()._introspect_types(*args)
+        finally:
+            await transaction.rollback()

@@ -182,7 +182,8 @@ async def with_connection(run: Callable[[Connection], None]) -> None:
         CommandError: what any error of this library says, so that the command prints one line.
     """
     try:
-        async with await Database.open(patient=True) as database, locked(database) as connection:
+        # The first keeps an embedded server running; the second goes past a pooler.
+        async with await Database.open() as database, database.patient() as patient, locked(patient) as connection:
             with _errors():
                 await connection.run_sync(run)
     except StoreError as error:

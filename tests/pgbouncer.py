@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,15 +53,32 @@ class PgBouncer:
         """The address of a database through it."""
         where = {"host": str(self.directory), "port": str(PORT)}
         return URL.create(
-            "postgresql", self.server.username, database=database, query=where | {"pgbouncer": "true"} | parameters
+            "postgresql",
+            self.server.username,
+            self.server.password,
+            database=database,
+            query=where | {"pgbouncer": "true"} | parameters,
         )
-
-    def configure(self, **options: str) -> None:
-        """Write other options; they hold after :meth:`reload`."""
-        _write(self.directory, self.server, OPTIONS | options)
 
     def reload(self) -> None:
         self.process.send_signal(signal.SIGHUP)
+
+    def lose_server(self) -> None:
+        """As if the server were gone: nothing listens where it is looked for."""
+        self._point_to("host=127.0.0.1 port=1")
+
+    def find_server(self) -> None:
+        """Undo :meth:`lose_server`."""
+        self._point_to(_where(self.server))
+
+    def _point_to(self, where: str) -> None:
+        file = self.directory / "pgbouncer.ini"
+        file.write_text(re.sub(r"^\* = .*", f"* = {where}", file.read_text(), flags=re.MULTILINE))
+        self.reload()
+
+    def refusals(self) -> int:
+        """How many times it has told a client no."""
+        return (self.directory / "log").read_text().count("pooler error:")
 
     def pause(self) -> None:
         """Let no client's statement through, as while the server is started again."""
@@ -72,7 +90,7 @@ class PgBouncer:
 
 def direct(pooled: URL, server: URL) -> URL:
     """The address of the same database without the pooler."""
-    return server.set(database=pooled.database)
+    return server.set(database=pooled.database, username=pooled.username, password=pooled.password)
 
 
 @contextmanager
@@ -103,14 +121,12 @@ def pgbouncer(server: URL, **options: str) -> Iterator[PgBouncer]:
 
 
 def _write(directory: Path, server: URL, options: dict[str, str]) -> None:
-    host = server.host or str(server.query["host"])
-    port = server.port or int(str(server.query.get("port", 5432)))
     users = directory / "users"
     users.touch(mode=0o600)
     users.write_text(f'"{server.username}" "{server.password or ""}"\n')
     lines = [
         "[databases]",
-        f"* = host={host} port={port}",
+        f"* = {_where(server)}",
         "[pgbouncer]",
         f"unix_socket_dir = {directory}",
         f"auth_file = {users}",
@@ -119,6 +135,12 @@ def _write(directory: Path, server: URL, options: dict[str, str]) -> None:
         *(f"{name} = {value}" for name, value in options.items()),
     ]
     (directory / "pgbouncer.ini").write_text("\n".join(lines) + "\n")
+
+
+def _where(server: URL) -> str:
+    host = server.host or str(server.query["host"])
+    port = server.port or int(str(server.query.get("port", 5432)))
+    return f"host={host} port={port}"
 
 
 def _owner(server: URL) -> int:
