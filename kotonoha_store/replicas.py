@@ -236,12 +236,7 @@ class Replica:
         """
         async with self._database.begin() as session:
             await self._replayed(await driver_connection(session), after)
-            try:
-                yield session
-            except StoreUnavailableError:
-                # The block cannot be run again here: the next read finds out whether the replica is at fault.
-                self._check_at = 0.0
-                raise
+            yield session
 
     def failed(self, error: StoreError) -> None:
         """Take note that the primary answers instead; leave the replica alone for a while where it is at fault."""

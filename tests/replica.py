@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +96,38 @@ async def fetch(url: URL, statement: str, *arguments: Any) -> Any:
         return await connection.fetchval(statement, *arguments)
     finally:
         await connection.close()
+
+
+class Relay:
+    """A TCP port that passes everything on to a server, and back, until it falls silent."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+        self.is_silent = False
+        self.swallowed = asyncio.Event()
+
+    @property
+    def url(self) -> URL:
+        port = self._server.sockets[0].getsockname()[1]
+        return self._url.set(host="127.0.0.1", port=port, query={})
+
+    async def __aenter__(self) -> "Relay":
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = f"{self._url.query['host']}/.s.PGSQL.{self._url.query['port']}"
+        there = await asyncio.open_unix_connection(path)
+        await asyncio.gather(self._pass_on(reader, there[1]), self._pass_on(there[0], writer))
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                if self.is_silent:
+                    self.swallowed.set()
+                else:
+                    writer.write(data)
+        writer.close()
