@@ -1,6 +1,7 @@
 """The command line ``kotonoha-store`` (extra ``cli``): it parses, calls the library and prints."""
 
 import sys
+import warnings
 
 
 def main() -> None:
@@ -10,6 +11,9 @@ def main() -> None:
         import typer  # noqa: F401
     except ImportError:
         sys.exit('kotonoha-store: the command line needs the extra cli: pip install "kotonoha-store[cli]"')
+    if not sys.warnoptions:  # python -W
+        # Those of other libraries say nothing to whoever only runs this.
+        warnings.simplefilter("ignore")
     try:
         from kotonoha_store.cli.commands import app
     except KeyboardInterrupt:

@@ -27,13 +27,14 @@ import errno
 import functools
 import inspect
 import json
+import logging
 import os
 import signal
 import sys
 import traceback
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Annotated, Any, Final, TypeVar
@@ -61,6 +62,7 @@ from kotonoha_store.errors import (
     StoreUnavailableError,
 )
 from kotonoha_store.records import Progress
+from kotonoha_store.replicas import Replica
 from kotonoha_store.settings import Settings
 from kotonoha_store.store import Store
 
@@ -75,7 +77,7 @@ INTERRUPTED: Final = 130
 TERMINATED: Final = 143
 
 _EPILOG: Final = (
-    "Exit codes: 0 done; 1 done, with findings: unhealthy, not confirmed, or some records failed; 2 wrong usage; "
+    "Exit codes: 0 done; 1 findings, unhealthy, some records failed, or not confirmed; 2 wrong usage; "
     "3 configuration or input; 4 the database (or the embedding provider) cannot be reached or timed out; "
     "5 the schema is empty, outdated or newer than this version; 70 a defect of this program; 130 interrupted; "
     "143 terminated.\n\n"
@@ -123,6 +125,8 @@ class RootGroup(TyperGroup):
             if hasattr(stream, "reconfigure"):
                 # Japanese on a terminal of another encoding is no reason to fail.
                 stream.reconfigure(errors="backslashreplace")
+        # Of libraries' warnings the message; asyncio logs tracebacks.
+        logging.lastResort = _LastResort(with_traceback)
         try:
             code = super().main(given, "kotonoha-store", complete_var, False, windows_expand_args, **extra)
             sys.stdout.flush()
@@ -139,6 +143,18 @@ class RootGroup(TyperGroup):
                 traceback.print_exc()
             code = _report(error, as_json)
         sys.exit(code if isinstance(code, int) else DONE)
+
+
+class _LastResort(logging.Handler):
+    """Warnings of libraries, for commands that set up no logging: a line each, on the stderr of the moment."""
+
+    def __init__(self, with_traceback: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._with_traceback = with_traceback
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) if self._with_traceback else record.getMessage().partition("\n")[0]
+        print(f"kotonoha-store: {line}", file=sys.stderr)
 
 
 def _report(error: Exception, as_json: bool) -> int:
@@ -174,7 +190,8 @@ def describe(error: BaseException) -> tuple[str, str, int]:
         terminated = error.args[0] == signal.SIGTERM
         return "Interrupted", "interrupted; what was written stays", TERMINATED if terminated else INTERRUPTED
     if isinstance(error, typer.Abort):
-        return "Interrupted", "interrupted; nothing was changed", INTERRUPTED
+        # Ctrl-C at the question, its end of file (a script's), or a no.
+        return "NotConfirmed", "not confirmed, so nothing was changed; --yes answers for you", FINDINGS
     if isinstance(error, CommandError):
         return name, str(error), INPUT
     if isinstance(error, ValidationError):
@@ -304,8 +321,11 @@ async def open_database(*, check: bool = True, patient: bool = False) -> AsyncIt
 async def open_store(*, check: bool = True, embedder: bool = True) -> AsyncIterator[Store]:
     """As :func:`open_database`, for the whole store. ``embedder=False`` where none is used."""
     if not embedder:
-        async with open_database(check=check) as database:
-            yield Store(database, database.settings, None)
+        # Store.open() would make the one of the settings, and fail where it cannot be made.
+        async with open_database(check=check) as database, AsyncExitStack() as stack:
+            if (replica := Replica.from_settings(database.settings, database)) is not None:
+                stack.push_async_callback(replica.close)
+            yield Store(database, database.settings, None, replica)
         return
     async with Store.open(Settings()) as store:
         if check:
@@ -322,9 +342,8 @@ def origin_of_address(settings: Settings) -> str:
 
 def confirm(question: str, yes: bool) -> None:
     """Ask on stderr unless ``--yes`` was given; end the command unless the answer is yes."""
-    if not yes and not typer.confirm(question, err=True):
-        print("kotonoha-store: not confirmed; nothing was changed", file=sys.stderr)
-        raise typer.Exit(FINDINGS)
+    if not yes:
+        typer.confirm(question, err=True, abort=True)
 
 
 def show(result: object, as_json: bool, *people: RenderableType) -> None:

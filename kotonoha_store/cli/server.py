@@ -121,9 +121,8 @@ def psql(context: typer.Context, as_json: AsJson = False) -> None:
         # Ctrl-C is psql's: it ends a statement there.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            result = subprocess.run(
-                command, env=environment, check=False, stdout=subprocess.PIPE if as_json else None, text=True
-            )
+            output = subprocess.PIPE if as_json else None
+            result = subprocess.run(command, env=environment, check=False, stdout=output)
         except OSError as error:
             raise ConfigurationError(f"psql does not start: {error.strerror}") from None
         finally:
@@ -131,7 +130,7 @@ def psql(context: typer.Context, as_json: AsJson = False) -> None:
     finally:
         server.stop()
     if as_json:
-        show({"output": result.stdout, "exit_code": result.returncode}, as_json)
+        show({"output": result.stdout.decode(errors="replace"), "exit_code": result.returncode}, as_json)
     if result.returncode:
         raise typer.Exit(result.returncode)
 

@@ -176,8 +176,9 @@ def _metrics(host: str, port: int | None) -> Any:
         raise ConfigurationError('metrics need the extra metrics: pip install "kotonoha-store[metrics]"') from None
     try:
         server, thread = start_http_server(port, addr=host)
-    except OSError as error:
-        raise ConfigurationError(f"no metrics on {host}, port {port}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no such address"
+        raise ConfigurationError(f"no metrics on {host}, port {port}: {reason}") from None
     try:
         yield
     finally:
