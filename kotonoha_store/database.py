@@ -414,6 +414,15 @@ def _as_bytes(value: object) -> bytes:
     return value
 
 
+def sqlstate_of(error: BaseException | None) -> str | None:
+    """Return the server's code behind an error of any layer, this library's included."""
+    while error is not None:
+        if state := getattr(error, "sqlstate", None):
+            return str(state)
+        error = getattr(error, "orig", None) or error.__cause__
+    return None
+
+
 def translate_error(error: BaseException) -> StoreError | None:
     """Return our error for the driver's, told by SQLSTATE and constraint name, or None if it is not one of them.
 

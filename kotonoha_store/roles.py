@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from kotonoha_store import migrations, role_queries
 from kotonoha_store.checks import check_text
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database, sqlstate_of, translated_errors
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, SchemaOutdatedError, StoreError
 from kotonoha_store.models import Base
 
@@ -438,7 +438,7 @@ async def _drop(database: Database, name: str) -> str | None:
                 await connection.exec_driver_sql(f"DROP ROLE IF EXISTS {_quoted(name)}")
     except StoreError as error:
         # Used since it was looked for.
-        if _sqlstate(error) == "2BP01":
+        if sqlstate_of(error) == "2BP01":
             return "it has come into use"
         raise
     return None
@@ -479,7 +479,7 @@ async def _in_turn(
                     for statement in statements:
                         await connection.exec_driver_sql(statement)
         except StoreError as error:
-            if attempt == _ATTEMPTS or _sqlstate(error) not in _RACES:
+            if attempt == _ATTEMPTS or sqlstate_of(error) not in _RACES:
                 raise
             await asyncio.sleep(random.uniform(0, 0.05 * attempt))  # noqa: S311  no secret
         else:
@@ -491,21 +491,13 @@ async def _in_turn(
 _RACES: Final = frozenset({"XX000", "23505", "42710", "40P01"})
 
 
-def _sqlstate(error: BaseException | None) -> str | None:
-    while error is not None:
-        if state := getattr(error, "sqlstate", None):
-            return str(state)
-        error = getattr(error, "orig", None) or error.__cause__
-    return None
-
-
 @contextmanager
 def _privileged() -> Iterator[None]:
     """Say what a role needs that may not do this."""
     try:
         yield
     except ConfigurationError as error:
-        if _sqlstate(error) != "42501":
+        if sqlstate_of(error) != "42501":
             raise
         raise ConfigurationError(
             "this role may not do that: it needs CREATEROLE (or roles made by an admin from `kotonoha-store grants "
