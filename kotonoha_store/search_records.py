@@ -317,7 +317,7 @@ class SearchResult:
         complete: False when there are fewer hits than top_k although more may exist.
         hidden_by_threshold: found among the top_k, but below the threshold.
         model: the embedding model searched; None for words alone.
-        from_replica: whether the replica answered.
+        from_replica: whether the replica answered :meth:`Store.search`; of a unit of work, it says so itself.
     """
 
     hits: tuple[SearchHit, ...]

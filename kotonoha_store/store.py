@@ -78,12 +78,14 @@ class UnitOfWork:
 
     Attributes:
         session: SQLAlchemy's AsyncSession, for statements of your own on the exported models.
+        from_replica: whether it is a transaction of :meth:`Store.read` on the replica.
     """
 
     session: AsyncSession = field(repr=False)
     sessions: SessionRepository = field(repr=False)
     knowledge: KnowledgeRepository = field(repr=False)
     search: SearchRepository = field(repr=False)
+    from_replica: bool = False
 
 
 class Store:
@@ -159,7 +161,7 @@ class Store:
         """
         position = parse_position(after)
         async with AsyncExitStack() as stack:
-            yield self._unit(await self._reading(stack, position))
+            yield await self._reading(stack, position)
 
     async def write_position(self) -> str:
         """Return a token of everything committed so far: reads with ``after=token`` see it, whoever answers.
@@ -548,16 +550,17 @@ class Store:
         async with self.database.driver() as connection:
             return await run(self._search(connection))
 
-    async def _reading(self, stack: AsyncExitStack, after: int | None) -> AsyncSession:
+    async def _reading(self, stack: AsyncExitStack, after: int | None) -> UnitOfWork:
         if self._replica is not None and await self._replica.is_ready():
             try:
-                return await stack.enter_async_context(self._replica.begin(after))
+                session = await stack.enter_async_context(self._replica.begin(after))
+                return replace(self._unit(session), from_replica=True)
             except StoreError as error:
                 self._replica.failed(error)
         session = await stack.enter_async_context(self.database.begin())
         with translated_errors():
             await (await session.connection()).exec_driver_sql("SET TRANSACTION READ ONLY")
-        return session
+        return self._unit(session)
 
     def _unit(self, session: AsyncSession) -> UnitOfWork:
         return UnitOfWork(

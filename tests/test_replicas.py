@@ -155,6 +155,7 @@ async def test_every_search_and_read_works_on_a_replica_as_on_the_primary(server
         assert [message.content for message in recall.messages] == ["When is the rainy season?"]
         async with store.read(after=token) as tx:
             assert await is_standby(tx)
+            assert tx.from_replica
             assert (await tx.sessions.load("thread:1")).message_count == 1
             assert (await tx.search.nearest(vector, model=store.embedder.model, everywhere=True)).hits
         with pytest.raises(ModelMismatchError):
@@ -261,6 +262,7 @@ async def test_while_the_replica_is_stopped_the_primary_answers_and_one_line_is_
             await lose_it_within()
         async with store.read(after=token) as tx:
             assert not await is_standby(tx)
+            assert not tx.from_replica
         found = await asyncio.gather(*(words(store, "news", after=token) for _ in range(20)))
         assert {(len(result.hits), result.from_replica) for result in found} == {(1, False)}
         assert (await status(store)).reason == "unavailable"
