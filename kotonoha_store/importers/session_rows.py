@@ -11,8 +11,8 @@ from kotonoha_store.database import dump_json
 from kotonoha_store.records import Scope
 from kotonoha_store.wakeup import ARCHIVE_CHANNEL
 
-# As SessionRepository.append rounds it.
-_DUE: Final = "date_bin('5 minutes', {0}, '2000-01-01 00:00Z') + interval '5 minutes'"
+# As SessionRepository.append rounds it; Python knows no year 10000.
+_DUE: Final = "least(date_bin('5 minutes', {0}, '2000-01-01 00:00Z') + interval '5 minutes', '9999-12-31 00:00Z')"
 
 _INSERT: Final = f"""
 WITH done AS (
