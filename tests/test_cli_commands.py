@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,27 +285,3 @@ def test_config_shows_values_sources_and_slips_but_no_secret(tmp_path: Path, mon
     wrong = kotonoha("config", KB_DEFAULT_TOP_K="many")
     assert wrong.code == 3
     assert "KB_DEFAULT_TOP_K" in wrong.stderr
-
-
-@pytest.fixture
-def embedded_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("KB_EMBEDDED_DIR", str(tmp_path / "pg"))
-    yield tmp_path / "pg"
-    kotonoha("server", "stop", "--force")
-
-
-def test_a_detached_server_serves_until_it_is_stopped(embedded_dir: Path) -> None:
-    assert kotonoha("server", "status", "--json").json["running"] is False
-    assert not embedded_dir.exists()
-    started = kotonoha("server", "start", "--detach", "--json").json
-    assert kotonoha("server", "url").stdout.strip() == started["url"]
-    assert kotonoha("check", "--json").json["connection"]["database"] == "kotonoha"  # a user that comes and goes
-    status = kotonoha("server", "status", "--json")
-    assert status.code == 0
-    assert status.json["status"]["is_kept"]
-    shown = kotonoha("server", "psql", "--json", "-Atc", "SELECT current_user").json
-    assert shown == {"output": "postgres\n", "exit_code": 0}
-    assert kotonoha("server", "psql", "--json", "-c", "SELECT 1/0").code == 1
-    assert kotonoha("server", "stop").stdout == "stopped\n"
-    assert kotonoha("server", "stop").stdout == "not running\n"
-    assert kotonoha("server", "url").code == 4

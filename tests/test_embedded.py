@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,11 +18,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote_plus
+from urllib.parse import quote, quote_plus
 
 import asyncpg
 import psutil
 import pytest
+from command_line import kotonoha
 from sqlalchemy import URL, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -534,7 +537,81 @@ def test_odd_passwords_reach_the_server_by_either_way_of_settings(data_dir: Path
             assert quote_plus(ODD_PASSWORD) not in said
 
     asyncio.run(check())
+    quoted = f"postgresql://{quote(role, safe='')}:{quote(ODD_PASSWORD, safe='')}@/kotonoha?host={server.host}"
+    by_parts = {"POSTGRES_HOST": server.host, "POSTGRES_PORT": "5432", "POSTGRES_USER": role}
+    for right, wrong in (
+        ({"DATABASE_URL": quoted}, {"DATABASE_URL": quoted.replace("@/", "x@/")}),
+        (by_parts | {"POSTGRES_PASSWORD": ODD_PASSWORD}, by_parts | {"POSTGRES_PASSWORD": ODD_PASSWORD + "x"}),
+    ):
+        assert kotonoha("check", "--json", **right).json["connection"]["user"] == role
+        refused = kotonoha("status", **wrong)
+        assert refused.code == 3
+        assert refused.stderr.startswith("kotonoha-store: the server refused this user or password")
+        assert ODD_PASSWORD not in refused.stderr
+        assert quote(ODD_PASSWORD, safe="") not in refused.stderr
     server.stop()
+
+
+def test_a_kept_server_outlives_its_users_until_it_is_stopped(data_dir: Path, users: Users) -> None:
+    server = start(data_dir)
+    process = server_process(data_dir)
+    server.keep()
+    server.stop()
+    assert process.is_running()
+    assert embedded.status(data_dir).is_kept
+
+    user = users.begin(data_dir)
+    users.wait_ready(user)
+    assert embedded.stop(data_dir) == "in use"
+    users.end(user)
+    assert_gone(process)  # no longer kept, it went with its last user
+    assert embedded.stop(data_dir) == "not running"
+
+    server = start(data_dir)
+    assert embedded.stop(data_dir) == "in use"  # by this process
+    assert embedded.stop(data_dir, force=True) == "stopped"
+    server.stop()
+    assert embedded.status(data_dir) == embedded.EmbeddedStatus(data_dir, server.version, None, None, None, False)
+
+
+def test_a_detached_server_serves_until_it_is_stopped(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KB_EMBEDDED_DIR", str(data_dir))
+    assert kotonoha("server", "status", "--json").json["running"] is False
+    started = kotonoha("server", "start", "--detach", "--json").json
+    assert kotonoha("server", "url").stdout.strip() == started["url"]
+    # A user that comes and goes.
+    assert kotonoha("check", "--json").json["connection"]["database"] == "kotonoha"
+    status = kotonoha("server", "status", "--json")
+    assert status.code == 0
+    assert status.json["status"]["is_kept"]
+    shown = kotonoha("server", "psql", "--json", "-Atc", "SELECT current_user").json
+    assert shown == {"output": "postgres\n", "exit_code": 0}
+    assert kotonoha("server", "psql", "--json", "-c", "SELECT 1/0").code == 1
+    assert kotonoha("server", "stop").stdout == "stopped\n"
+    assert kotonoha("server", "stop").stdout == "not running\n"
+    assert kotonoha("server", "url").code == 4
+
+
+def test_a_server_in_the_foreground_stops_with_its_command(data_dir: Path) -> None:
+    command = [sys.executable, "-m", "kotonoha_store.cli", "server", "start", "--json"]
+    environment = {**os.environ, "KB_EMBEDDED_DIR": str(data_dir)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        url = json.loads(run.stdout.readline())["url"]
+        process = server_process(data_dir)
+        assert embedded.status(data_dir).url() == url
+        run.send_signal(signal.SIGINT)
+        assert run.wait(30) == 0
+        assert run.stderr.read() == ""
+    assert_gone(process)
+
+
+@pytest.mark.parametrize("call", [start, embedded.status, embedded.stop])
+@pytest.mark.parametrize("bad", ["a\0b", "~nobody-has-this-name/pg"])
+def test_a_directory_that_cannot_be_is_a_configuration_error(call: Any, bad: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot use .* set KB_EMBEDDED_DIR"):
+        call(Path(bad))
 
 
 def test_the_alembic_command_starts_the_server_and_migrates(data_dir: Path) -> None:
