@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Literal, TypeAlias
@@ -36,6 +37,9 @@ _COPY_ROWS: Final = 500
 _KEYS: Final = bindparam("keys", type_=ARRAY(LargeBinary))
 
 _log: Final = logging.getLogger(__name__)
+
+
+IndexOutcome: TypeAlias = Literal["kept", "rebuilt", "missing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ class LoadReport:
     rejected: int = 0
     chunks: int = 0
     vectors: int = 0
-    index: Literal["kept", "rebuilt", "missing"] = "kept"
+    index: IndexOutcome = "kept"
     rebuild_pays: bool = False
 
     @property
@@ -126,37 +130,98 @@ async def load_documents(
         ConfigurationError: ``rebuild`` was asked for, and this role does not own the tables.
         StoreUnavailableError: the database did not answer. Call it again with the same documents.
     """
-    load = _Load(database, rebuild, on_rejected)
-    try:
+    index = IndexOfLoad(database, rebuild)
+    load = _Load(database, index, on_rejected)
+    async with index.apart():
         async for batch in _batches(documents, load):
             await load.write(batch)
             if progress is not None:
                 progress(load.report.documents, total)
-    except StoreUnavailableError:
-        load.warn()
-        raise
-    except Exception:
-        if load.has_dropped:
-            await index_builds.ensure_vector_index(database)
-        raise
-    except BaseException:
-        load.warn()
-        raise
-    try:
-        built = await index_builds.ensure_vector_index(
-            database,
-            maintenance_work_mem=maintenance_work_mem,
-            parallel_workers=parallel_workers,
-            progress=on_build,
-        )
-    except ConfigurationError:
-        # Missing before, by another role's doing: no reason to fail what is written.
-        if load.has_dropped:
+    state = await index.finish(
+        maintenance_work_mem=maintenance_work_mem, parallel_workers=parallel_workers, progress=on_build
+    )
+    return replace(load.report, index=state, rebuild_pays=state == "kept" and index.rebuild_pays(load.report.vectors))
+
+
+class IndexOfLoad:
+    """What becomes of the HNSW index while many vectors are written."""
+
+    def __init__(self, database: Database, rebuild: bool | None) -> None:
+        self._database = database
+        self._rebuild = rebuild
+        self._before: float | None = None
+        self._has_dropped = False
+
+    async def before_vectors(self, vectors: int) -> None:
+        """To be called with the number of new vectors before a batch is written; the first one decides.
+
+        Raises:
+            ConfigurationError: the index is to be dropped, and this role does not own it.
+        """
+        if not vectors or self._before is not None:
+            return
+        async with self._database.connect() as connection:
+            with translated_errors():
+                is_empty = (await connection.execute(_NO_VECTOR)).scalar_one()
+                self._before = float((await connection.execute(_ESTIMATE)).scalar_one())
+        if self._rebuild:
+            self._has_dropped = await index_builds.drop_vector_index(self._database)
+        elif self._rebuild is None and is_empty and vectors >= BATCH_CHUNKS // 2:
+            try:
+                self._has_dropped = await index_builds.drop_vector_index(self._database)
+            except (ConfigurationError, StoreTimeoutError):
+                _log.info("the HNSW index is kept during the load: this role may not drop it, or it is in use")
+
+    @asynccontextmanager
+    async def apart(self) -> AsyncIterator[None]:
+        """Around the writing: after an error in what is read the index is built as well, and the error raised."""
+        try:
+            yield
+        except Exception as error:
+            if self._has_dropped and not isinstance(error, StoreUnavailableError):
+                await index_builds.ensure_vector_index(self._database)
+            else:
+                self._warn()
             raise
-        return replace(load.report, index="missing")
-    if built is None and not load.has_dropped:
-        return load.report
-    return replace(load.report, index="rebuilt", rebuild_pays=False)
+        except BaseException:
+            self._warn()
+            raise
+
+    async def finish(
+        self,
+        *,
+        maintenance_work_mem: int | None = None,
+        parallel_workers: int | None = None,
+        progress: OnProgress | None = None,
+    ) -> IndexOutcome:
+        """Build the index where it is missing, whoever dropped it.
+
+        Raises: as :func:`kotonoha_store.index_builds.reindex`.
+        """
+        try:
+            built = await index_builds.ensure_vector_index(
+                self._database,
+                maintenance_work_mem=maintenance_work_mem,
+                parallel_workers=parallel_workers,
+                progress=progress,
+            )
+        except ConfigurationError:
+            # Missing before, by another role's doing: no reason to fail what is written.
+            if self._has_dropped:
+                raise
+            return "missing"
+        return "rebuilt" if built is not None or self._has_dropped else "kept"
+
+    def rebuild_pays(self, vectors: int) -> bool:
+        """Whether so many new vectors are more quickly written without the index."""
+        return vectors >= BATCH_CHUNKS and vectors > _REBUILD_PAYS * ((self._before or 0) + vectors)
+
+    def _warn(self) -> None:
+        if self._has_dropped:
+            _log.warning(
+                "the load was stopped while the HNSW index is dropped: load again, or run `kotonoha-store reindex "
+                "--broken`; until then searches by meaning compare all vectors"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +237,10 @@ class _Checked:
 class _Load:
     """The state of one load between its batches."""
 
-    def __init__(self, database: Database, rebuild: bool | None, on_rejected: OnRejected | None) -> None:
+    def __init__(self, database: Database, index: IndexOfLoad, on_rejected: OnRejected | None) -> None:
         self._database = database
-        self._rebuild = rebuild
+        self._index = index
         self._on_rejected = on_rejected
-        self._before: float | None = None
-        self.has_dropped = False
         self.report = LoadReport()
 
     def check(self, position: int, document: NewDocument) -> _Checked | None:
@@ -191,50 +254,28 @@ class _Load:
             return None
 
     async def write(self, batch: Sequence[_Checked]) -> None:
-        if self._before is None and any(each.vectors for each in batch):
-            await self._begin_vectors(batch)
+        if any(each.vectors for each in batch):
+            await self._index.before_vectors(await self._new_vectors(batch))
         async with self._database.begin() as session:
             with translated_errors():
                 done = await _write(session, batch)
         report = self.report
-        total = report.vectors + done.vectors
         self.report = replace(
             report,
             added=report.added + done.added,
             changed=report.changed + done.changed,
             unchanged=report.unchanged + done.unchanged,
             chunks=report.chunks + done.chunks,
-            vectors=total,
-            rebuild_pays=not self.has_dropped
-            and total >= BATCH_CHUNKS
-            and total > _REBUILD_PAYS * ((self._before or 0) + total),
+            vectors=report.vectors + done.vectors,
         )
 
-    async def _begin_vectors(self, batch: Sequence[_Checked]) -> None:
-        """Before the first vectors are written, decide about the index. What is there already costs nothing."""
+    async def _new_vectors(self, batch: Sequence[_Checked]) -> int:
+        """What is there already costs nothing."""
         async with self._database.connect() as connection:
             with translated_errors():
                 rows = await connection.execute(_sources(), {"keys": [each.key for each in batch]})
                 there = {row.document_key for row in rows}
-                vectors = sum(each.vectors for each in batch if each.key not in there)
-                if not vectors:
-                    return
-                is_empty = (await connection.execute(_NO_VECTOR)).scalar_one()
-                self._before = (await connection.execute(_ESTIMATE)).scalar_one()
-        if self._rebuild:
-            self.has_dropped = await index_builds.drop_vector_index(self._database)
-        elif self._rebuild is None and is_empty and vectors >= BATCH_CHUNKS // 2:
-            try:
-                self.has_dropped = await index_builds.drop_vector_index(self._database)
-            except (ConfigurationError, StoreTimeoutError):
-                _log.info("the HNSW index is kept during the load: this role may not drop it, or it is in use")
-
-    def warn(self) -> None:
-        if self.has_dropped:
-            _log.warning(
-                "the load was stopped while the HNSW index is dropped: load again, or run `kotonoha-store reindex "
-                "--broken`; until then searches by meaning compare all vectors"
-            )
+        return sum(each.vectors for each in batch if each.key not in there)
 
 
 _NO_VECTOR: Final = text("SELECT NOT EXISTS (SELECT FROM knowledge_chunks WHERE embedding IS NOT NULL)")
