@@ -310,7 +310,7 @@ class TestCommand:
     def test_what_is_wrong_is_said_in_one_sentence(self) -> None:
         for arguments, code, sentence in (
             (["/no/such/folder"], 3, "/no/such/folder cannot be read"),
-            ([".", "--type", "discord_session"], 3, "give one of these"),
+            ([".", "--type", "discord_session"], 2, "'document_file', 'web_page'"),
             ([".", "--base-url", "here"], 3, "must be an address"),
             ([".", "--guild", 2**63], 3, "64-bit"),
             ([], 2, "Missing argument"),

@@ -1,5 +1,6 @@
 """import files."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +24,14 @@ from kotonoha_store.importers.files import import_files
 from kotonoha_store.records import Scope, SourceType
 
 
+class _Type(StrEnum):
+    DOCUMENT_FILE = "document_file"
+    WEB_PAGE = "web_page"
+
+
 @import_app.command("files")
 async def files(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files, and folders with all below them.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Files, and folders with all below them.")],
     glob: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,7 +43,7 @@ async def files(
     thread: Annotated[int | None, typer.Option(help="The thread that they are of.")] = None,
     user: Annotated[int | None, typer.Option(help="The user whose they are.")] = None,
     type_: Annotated[
-        SourceType | None, typer.Option("--type", help="document_file or web_page; by default web_page for HTML only.")
+        _Type | None, typer.Option("--type", help="What they become; by default web_page for HTML, else document_file.")
     ] = None,
     base_url: Annotated[
         str | None, typer.Option(help="Where the folder is published; hits link there. By default its name.")
@@ -80,7 +86,7 @@ async def files(
                 root=root,
                 base_url=base_url,
                 scope=Scope(guild_id=guild, channel_id=channel, thread_id=thread, user_id=user),
-                source_type=type_,
+                source_type=None if type_ is None else SourceType(type_.value),
                 encoding=encoding,
                 prune=prune,
                 dry_run=dry_run,

@@ -211,5 +211,7 @@ def _hit(number: int, hit: SearchHit, full: bool) -> list[Text]:
     when = f", {hit.occurred_from.date().isoformat()}" if hit.occurred_from else ""
     text = hit.content if full or len(hit.content) <= _EXCERPT else f"{hit.content[:_EXCERPT]}…"
     head = Text(f"{number}. ", style="bold") + plain(hit.title, style="bold")
-    about = plain(f"   {figures}, source {hit.source_id}{when}{f', {hit.url}' if hit.url else ''}", style="dim")
+    place = f", {label}" if isinstance(label := hit.location.get("label"), str) else ""
+    link = f", {hit.url}" if hit.url else ""
+    about = plain(f"   {figures}, source {hit.source_id}{when}{place}{link}", style="dim")
     return [head, about, plain("".join(f"   {line}\n" for line in text.strip().splitlines()))]
