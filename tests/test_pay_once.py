@@ -20,6 +20,7 @@ from kotonoha_store import (
     KnowledgeRepository,
     LeaseLostError,
     NewChunk,
+    OpenAIEmbedder,
     SourceType,
     Store,
     TransientEmbeddingError,
@@ -180,6 +181,7 @@ async def test_so_many_batches_are_in_flight_and_no_more(
     contents = [f"text {i}" for i in range(12)]
     await add(database, *contents)
     most = 0
+    three = asyncio.Event()
 
     class Watched(Scripted):
         running = 0
@@ -188,6 +190,11 @@ async def test_so_many_batches_are_in_flight_and_no_more(
             nonlocal most
             Watched.running += 1
             most = max(most, Watched.running)
+            if most == 3:
+                three.set()
+            async with asyncio.timeout(30):
+                await three.wait()
+            # Long enough for a fourth to come.
             await asyncio.sleep(0.05)
             Watched.running -= 1
             return right(list(texts))
@@ -198,20 +205,22 @@ async def test_so_many_batches_are_in_flight_and_no_more(
 
 
 async def test_a_slow_source_does_not_hold_up_the_others(
-    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue
 ) -> None:
     await add(database, "slow")
     for number in range(20):
         await add(database, f"quick {number}")
     server.default = lambda body: hang(body) if "slow" in texts_of(body) else ok(body)
+    embedder = OpenAIEmbedder(base_url=server.base_url, timeout=60.0)
     task = asyncio.create_task(EmbeddingWorker(queue, embedder, batch_size=1, concurrency=2).run_until_empty())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(await jobs(database)) > 1:  # noqa: ASYNC110  the database tells nobody
             await asyncio.sleep(0.02)
     assert not task.done()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await embedder.aclose()
 
 
 async def test_a_failure_of_one_batch_lets_the_others_write_what_was_paid_for(
