@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from archiving import append, load, query, said
+from command_line import kotonoha
+from sqlalchemy import URL
 
 from kotonoha_store import HashingEmbedder, InvalidInputError, Message, SearchFilters, Settings, Store
 from kotonoha_store.importers import discord_file
@@ -386,3 +388,18 @@ async def test_a_path_without_exports_is_refused(store: Store, tmp_path: Path) -
         await import_discord(store, [tmp_path / "nothing"])
     with pytest.raises(InvalidInputError, match=r"no \.json file"):
         await import_discord(store, [tmp_path])
+
+
+def test_from_a_folder_of_exports_to_a_hit_by_the_command_line(migrated_url: URL, write: Callable[..., Path]) -> None:
+    folder = write(export([*talk(4), message(4, "紫陽花はいつ咲きますか")])).parent
+
+    ran = kotonoha("import", "discord", str(folder), "--bot-id", "77", "--json", url=migrated_url)
+    assert ran.code == 0, ran.stderr
+    assert (ran.json["imported"], ran.json["details"]["sources"]) == (5, 1)
+    hits = kotonoha("search", "紫陽花", "--mode", "words", "--everywhere", "--json", url=migrated_url).json["hits"]
+    assert hits[0]["location"]["last_message_id"] == 2**60 + 4
+
+    write(_cut(), "cut.json")
+    cut = kotonoha("import", "discord", str(folder), url=migrated_url)
+    assert cut.code == 1
+    assert "cut off after message 3" in cut.stdout

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from archiving import append, archiver, load, query, said
+from command_line import kotonoha
+from sqlalchemy import URL
 
 from kotonoha_store import Database, InvalidInputError, Message, StoreUnavailableError
 from kotonoha_store.importers import sqlite_file
@@ -496,3 +498,35 @@ async def test_rejects_that_others_could_read_are_refused_and_none_leave_no_file
     rejects.touch(0o644)
     with pytest.raises(InvalidInputError, match="chmod 600"):
         await import_sqlite(database, path, rejects=rejects)
+
+
+def test_from_a_file_of_500_sessions_to_a_hit_by_the_command_line(empty_url: URL, old: Callable[..., Path]) -> None:
+    about = [{"role": "user", "content": "北海道に梅雨がないのはなぜですか", "timestamp": MORNING}]
+    path = old(*(row(f"thread:{n}", said_by_turns(4) if n != 321 else said_by_turns(4) + about) for n in range(500)))
+
+    for command in (["migrate"], ["import", "sqlite", str(path), "--guild", "9"], ["archive"], ["embed"]):
+        ran = kotonoha(*command, url=empty_url)
+        assert ran.code == 0, ran.stderr
+    hits = kotonoha("search", "北海道の梅雨", "--guild", "9", "--json", url=empty_url).json["hits"]
+
+    assert hits[0]["location"]["session_key"] == "thread:321"
+    again = kotonoha("import", "sqlite", str(path), "--json", url=empty_url).json
+    assert (again["read"], again["unchanged"]) == (500, 500)
+
+
+def test_the_command_line_tells_what_was_set_aside_and_ends_with_1(
+    migrated_url: URL, old: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = str(old(row("good"), row("bad", f"{SECRET}[")))
+
+    shown = kotonoha("import", "sqlite", path, "--dry-run", url=migrated_url)
+    assert shown.code == 1
+    assert "session bad" in shown.stdout
+    assert "no valid JSON" in shown.stdout
+    assert "Dry run" in shown.stdout
+    assert "--rejects FILE" in shown.stdout
+    ran = kotonoha("import", "sqlite", path, "--json", "--rejects", str(tmp_path / "r.jsonl"), url=migrated_url)
+    assert ran.code == 1
+    assert (ran.json["imported"], ran.json["inner"]["messages"]["imported"]) == (1, 2)
+    assert SECRET not in shown.stdout + ran.stdout + ran.stderr
+    assert json.loads((tmp_path / "r.jsonl").read_text())["record"]["messages"] == f"{SECRET}["

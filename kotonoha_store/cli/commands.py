@@ -19,7 +19,9 @@ _MODULES: Final[tuple[str, ...]] = (
     "index",
     "doctor",
     "roles",
+    "backup",
     "import_files",
+    "imports",
 )
 
 for _name in _MODULES:
