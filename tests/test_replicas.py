@@ -210,12 +210,12 @@ async def test_a_read_waits_until_its_write_is_replayed(servers: Pair, name: str
         found = await search
         assert (len(found.hits), found.from_replica) == (1, True)
 
-        # The next record would begin behind a header that no replica replays before it comes.
+    async with opened(servers, name, kb_replica_wait_seconds=0.0) as store:
+        # The next record will begin behind a header, which no replica replays before that comes.
         await run_sql(servers.url("postgres"), "SELECT pg_switch_wal()")
         token = await store.write_position()
         await replayed(servers)
-        async with asyncio.timeout(10):
-            assert (await words(store, "news", after=token)).from_replica
+        assert (await words(store, "news", after=token)).from_replica
 
 
 async def test_a_replica_that_is_cut_off_lags_although_it_cannot_know(servers: Pair, name: str) -> None:
@@ -295,7 +295,10 @@ async def test_a_replica_that_falls_silent_is_asked_by_one_search_even_if_that_o
 ) -> None:
     monkeypatch.setattr(replicas, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(replicas, "ANSWER_SECONDS", 60.0)
-    async with Relay(servers.standby.url(name)) as relay, opened(servers, name, replica=relay.url) as store:
+    async with (
+        Relay(servers.standby.url(name)) as relay,
+        opened(servers, name, replica=relay.url, db_connect_timeout=60.0) as store,
+    ):
         await say(store, "news")
         assert (await words(store, "news", after=await store.write_position())).from_replica
         relay.is_silent = True
@@ -376,6 +379,7 @@ async def test_while_the_primary_does_not_answer_a_replica_that_is_known_does(se
             unknown = await status(store)
             assert (unknown.is_used, unknown.lag_seconds) == (True, None)
             assert (await words(store, "news", after=token)).from_replica
+            assert (await store.recall("new", "news", 500, mode="words", filters=GUILD, after=token)).hits
             # Whose replica it is, nobody has said yet.
             with pytest.raises(StoreError):
                 await words(late, "news")
