@@ -321,7 +321,8 @@ def _create_engine(
     keep_prepared: bool,
 ) -> AsyncEngine:
     def creator() -> Any:
-        # What async_creator does, which does not pass the size on.
+        # What async_creator does, which does not pass the size on. Of a statement without a name nobody says that its
+        # result has changed: SQLAlchemy must not keep what it knows of that.
         return engine.dialect.dbapi.connect(  # type: ignore[union-attr]  # asyncpg's is there
             async_creator_fn=connect, prepared_statement_cache_size=100 if keep_prepared else 0
         )

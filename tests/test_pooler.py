@@ -127,6 +127,15 @@ async def test_without_the_mode_a_statement_that_is_elsewhere_names_the_setting(
             await driver.fetchval(statement, 1)
 
 
+async def test_a_column_whose_type_changed_is_read_as_it_is_now(pooler: PgBouncer, empty_url: URL) -> None:
+    """Of a statement without a name nobody says that its result has changed: no description of it may be kept."""
+    await run_sql(empty_url, "CREATE TABLE t (n int)", "INSERT INTO t VALUES (7)")
+    async with opened(pooler.url(empty_url.database)) as database, database.connect() as connection:
+        assert await connection.scalar(text("SELECT n FROM t")) == 7
+        await run_sql(empty_url, "ALTER TABLE t ALTER n TYPE text")
+        assert await connection.scalar(text("SELECT n FROM t")) == "7"
+
+
 # -- past the pooler ----------------------------------------------------------------------------------------------
 
 
@@ -153,12 +162,15 @@ async def test_the_alembic_command_goes_past_the_pooler_or_names_the_setting(
     assert ran == ["direct"]
 
 
-async def test_a_listener_polls_behind_the_pooler_and_listens_past_it(pooler: PgBouncer, empty_url: URL) -> None:
+async def test_a_listener_polls_behind_the_pooler_and_listens_past_it(
+    pooler: PgBouncer, empty_url: URL, caplog: pytest.LogCaptureFixture
+) -> None:
     url = pooler.url(empty_url.database)
     async with opened(url) as database, Listener(database, JOBS_CHANNEL) as listener:
         assert not database.can_listen
         # Not even the first one, after connecting.
         assert not await listener.wait(0.3)
+        assert not caplog.records
     past = text_of(empty_url)
     async with opened(url, database_direct_url=past) as database, Listener(database, JOBS_CHANNEL) as listener:
         assert await listener.wait(20)
