@@ -152,8 +152,8 @@ SEQUENCES: Final = text("""
 # For each table the statement that counts and sums it. A vector's text is long and slow to make, its bytes are not.
 _STATEMENTS: Final = text("""
     SELECT c.relname, format(
-        'SELECT count(*), coalesce(sum((''x'' || left(encode(sha256(convert_to('
-        'CAST(ROW(%s) AS text), ''UTF8'')), ''hex''), 16))::bit(64)::bigint), 0)::text FROM ONLY %I.%I',
+        'SELECT count(*) AS rows, coalesce(sum((''x'' || left(encode(sha256(convert_to('
+        'CAST(ROW(%s) AS text), ''UTF8'')), ''hex''), 16))::bit(64)::bigint), 0)::text AS checksum FROM ONLY %I.%I',
         (SELECT string_agg(
             CASE WHEN t.typname IN ('halfvec', 'vector') THEN format('%s(%I)', t.typsend, a.attname)
                 ELSE quote_ident(a.attname) END, ', ' ORDER BY a.attname COLLATE "C")
@@ -176,8 +176,8 @@ async def sums(connection: AsyncConnection, schema: str, *, only: Sequence[str] 
         result = {}
         for table, statement in statements:
             if only is None or table in only:
-                rows, checksum = (await connection.exec_driver_sql(statement)).one()
-                result[table] = TableSum(rows, checksum)
+                counted = (await connection.exec_driver_sql(statement)).mappings().one()
+                result[table] = TableSum(counted["rows"], counted["checksum"])
         return result
 
 

@@ -77,11 +77,10 @@ GRANTED: Final = text("""
     SELECT format('REVOKE ALL ON %s %s FROM %I', kind, name, rolname) AS statement
     FROM (
         SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END,
-            format('%I.%I', relnamespace::regnamespace::name, relname), relacl
+            oid::regclass::text, relacl
         FROM pg_class WHERE relacl IS NOT NULL
         UNION ALL
-        SELECT 'ROUTINE', format('%I.%I(%s)', pronamespace::regnamespace::name, proname,
-            oidvectortypes(proargtypes)), proacl
+        SELECT 'ROUTINE', oid::regprocedure::text, proacl
         FROM pg_proc WHERE proacl IS NOT NULL
         UNION ALL
         SELECT 'SCHEMA', quote_ident(nspname), nspacl FROM pg_namespace WHERE nspacl IS NOT NULL
@@ -92,7 +91,7 @@ GRANTED: Final = text("""
     WHERE EXISTS (SELECT FROM aclexplode(acl) WHERE grantee = role.oid)
     UNION ALL
     SELECT DISTINCT format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA %I REVOKE ALL ON %s FROM %I',
-        defaclrole::regrole::name, defaclnamespace::regnamespace::name,
+        pg_get_userbyid(defaclrole), (SELECT nspname FROM pg_namespace AS n WHERE n.oid = defaclnamespace),
         CASE defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' ELSE 'FUNCTIONS' END, rolname)
     FROM pg_default_acl, role
     WHERE defaclnamespace <> 0 AND defaclobjtype IN ('r', 'S', 'f')
@@ -105,17 +104,16 @@ OWNED: Final = text("""
     SELECT format('ALTER %s %s OWNER TO %I', kind, name, current_user) AS statement
     FROM (
         SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' WHEN 'v' THEN 'VIEW' WHEN 'm' THEN 'MATERIALIZED VIEW'
-            ELSE 'TABLE' END, format('%I.%I', relnamespace::regnamespace::name, relname), relowner
+            ELSE 'TABLE' END, oid::regclass::text, relowner
         FROM pg_class AS c
         WHERE relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND NOT EXISTS (SELECT FROM pg_depend AS d
             WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype IN ('a', 'i')
                 AND d.refclassid = 'pg_class'::regclass AND c.relkind = 'S')
         UNION ALL
-        SELECT 'ROUTINE', format('%I.%I(%s)', pronamespace::regnamespace::name, proname,
-            oidvectortypes(proargtypes)), proowner
+        SELECT 'ROUTINE', oid::regprocedure::text, proowner
         FROM pg_proc
         UNION ALL
-        SELECT 'TYPE', format('%I.%I', typnamespace::regnamespace::name, typname), typowner
+        SELECT 'TYPE', oid::regtype::text, typowner
         FROM pg_type WHERE typtype IN ('e', 'd', 'r') AND typelem = 0
         UNION ALL
         SELECT 'SCHEMA', quote_ident(nspname), nspowner FROM pg_namespace

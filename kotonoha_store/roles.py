@@ -57,7 +57,7 @@ _TABLES: Final[dict[Role, dict[str, str]]] = {
         "term_frequencies": _READ,
         "embedding_jobs": _ADD,
         "embedding_pauses": _READ,
-        "knowledge_chunks_dlq": "SELECT, DELETE",
+        "knowledge_chunks_dlq": "SELECT, UPDATE, DELETE",
         "alembic_version": _READ,
     },
     Role.WORKER: {
@@ -246,12 +246,17 @@ async def drop(database: Database, *, prefix: str = DEFAULT_PREFIX) -> Dropped:
     """
     # The owner last: its default privileges name the others.
     wanted = [*names(prefix).values()][::-1]
-    dropped, kept = [], {}
+    dropped: list[str] = []
+    kept: dict[str, str] = {}
     with _privileged():
         async with database.transaction() as connection:
             with translated_errors():
                 uses = await _uses(connection, wanted)
         for name, who in uses.items():
+            if name == names(prefix)[Role.OWNER] and kept:
+                # Its default privileges name them.
+                kept[name] = "others are kept, and what it makes is for them"
+                continue
             if who:
                 kept[name] = who
                 continue
