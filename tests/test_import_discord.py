@@ -148,24 +148,20 @@ async def test_a_channel_becomes_sources_that_searches_find_with_a_link_to_the_m
     assert (last.role, last.author, last.metadata) == ("assistant", "言葉", {"author_id": 77})
 
 
-@pytest.mark.parametrize(
-    ("channel", "scope", "session_type"),
-    [
+async def test_messages_keep_the_place_where_they_were_written(store: Store, write: Callable[..., Path]) -> None:
+    cases: list[tuple[dict[str, Any], tuple[int | None, ...], str]] = [
         ({"type": "GuildTextChat"}, (GUILD, CHANNEL, None), "channel"),
         (IN_THREAD, (GUILD, CHANNEL, THREAD), "thread"),
-        ({"type": "GuildPrivateThread", "id": str(THREAD), "categoryId": None}, (GUILD, THREAD, None), "channel"),
-        ({"type": "DirectTextChat", "guild": 0}, (None, CHANNEL, None), "dm"),
-    ],
-    ids=["channel", "thread", "thread without its channel", "direct messages"],
-)  # fmt: skip
-async def test_messages_keep_the_place_where_they_were_written(
-    store: Store, write: Callable[..., Path], channel: dict[str, Any], scope: tuple[int | None, ...], session_type: str
-) -> None:
-    await import_discord(store, [write(export(talk(2), **channel))])
+        # A thread whose channel is not named.
+        ({"type": "GuildPrivateThread", "id": "71", "categoryId": None}, (GUILD, 71, None), "channel"),
+        ({"type": "DirectTextChat", "id": "72", "guild": 0}, (None, 72, None), "dm"),
+    ]
+    for channel, scope, session_type in cases:
+        await import_discord(store, [write(export(talk(2), **channel))])
 
-    session = await load(store.database, f"discord:{scope[2] or scope[1]}")
-    assert (session.scope.guild_id, session.scope.channel_id, session.scope.thread_id) == scope
-    assert session.session_type == session_type
+        session = await load(store.database, f"discord:{scope[2] or scope[1]}")
+        assert (session.scope.guild_id, session.scope.channel_id, session.scope.thread_id) == scope
+        assert session.session_type == session_type
 
 
 async def test_a_long_channel_stays_short_in_its_session(store: Store, write: Callable[..., Path]) -> None:
@@ -249,6 +245,8 @@ async def test_an_import_that_was_stopped_goes_on_and_doubles_nothing(
 
     assert counted(report) == (200, 100, 100, 0, 0)
     assert await archived(store) == list(range(200))
+    # What had only been appended became a source of its own.
+    assert report.details["sources"] == 3
 
 
 async def test_imports_of_the_same_file_at_once_double_nothing(settings: Settings, write: Callable[..., Path]) -> None:
@@ -337,6 +335,13 @@ FILES: dict[str, tuple[Any, int, str]] = {
         2,
         "damaged or cut off after message 2",
     ),
+    "nested deeply": (
+        json.dumps(export([*talk(2), message(2, id="x", deep=0)]))
+        .encode()
+        .replace(b'"deep": 0', b'"deep": ' + b"[" * 100_000 + b"]" * 100_000),
+        2,
+        "damaged or cut off after message 2",
+    ),
     "followed by other things": (json.dumps(export(talk(2))).encode() + b"{}", 2, "damaged or cut off"),
     "not UTF-8": (json.dumps(export(talk(2, 8))).encode().replace(b"hana", b"\xff"), 0, "damaged or cut off"),
     "no JSON": (b"<html>", 0, "no valid JSON"),
@@ -348,27 +353,26 @@ FILES: dict[str, tuple[Any, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", FILES)
-async def test_of_a_file_that_cannot_be_used_is_told_why_and_the_next_is_imported(
-    store: Store, write: Callable[..., Path], case: str
+async def test_of_files_that_cannot_be_used_is_told_why_and_the_others_are_imported(
+    store: Store, write: Callable[..., Path]
 ) -> None:
-    content, imported, reason = FILES[case]
-    paths = [write(content, "bad.json"), write(export(talk(5), id=str(THREAD)), "good.json")]
+    for number, (case, (content, _, _)) in enumerate(FILES.items()):
+        if isinstance(content, bytes):
+            content = content.replace(str(CHANNEL).encode(), str(CHANNEL + number).encode())
+        write(content, f"{case}.json")
+    folder = write(export(talk(5), id=str(THREAD)), "with byte order mark.JSON").parent
+    marked = folder / "with byte order mark.JSON"
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    (folder / "notes.txt").write_text("no export")
 
-    report = await import_discord(store, paths)
+    report = await import_discord(store, [folder])
 
-    assert report.imported == imported + 5
-    assert report.has_rejects
-    assert [reason in each.reason for each in report.rejections] == [True]
-    assert report.rejections[0].where.endswith("bad.json")
+    reasons = {Path(each.where).stem: each.reason for each in report.rejections}
+    assert reasons.keys() == FILES.keys()
+    assert [case for case, (_, _, reason) in FILES.items() if reason not in reasons[case]] == []
+    assert report.imported == 5 + sum(count for _, count, _ in FILES.values())
     files = report.inner["files"]
-    assert (files.read, files.imported, files.rejected) == (2, 1, 1)
-
-
-async def test_a_byte_order_mark_does_not_matter(store: Store, write: Callable[..., Path]) -> None:
-    path = write(b"\xef\xbb\xbf" + json.dumps(export(talk(2))).encode())
-
-    assert counted(await import_discord(store, [path])) == (2, 2, 0, 0, 0)
+    assert (files.read, files.imported, files.rejected) == (len(FILES) + 1, 1, len(FILES))
 
 
 async def test_a_dry_run_tells_the_same_and_writes_nothing(store: Store, write: Callable[..., Path]) -> None:

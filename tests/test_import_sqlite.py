@@ -17,7 +17,7 @@ from sqlalchemy import URL
 
 from kotonoha_store import Database, InvalidInputError, Message, StoreUnavailableError
 from kotonoha_store.importers import sqlite_file
-from kotonoha_store.importers.report import ImportReport
+from kotonoha_store.importers.report import ImportReport, name
 from kotonoha_store.importers.sqlite import import_sqlite
 
 SCHEMA = """CREATE TABLE sessions (session_key TEXT PRIMARY KEY, session_type TEXT NOT NULL, messages TEXT NOT NULL,
@@ -199,54 +199,53 @@ async def test_sessions_that_were_changed_or_deleted_here_are_left_as_they_are(
     assert await everything(database) == before
 
 
-BAD: dict[str, tuple[tuple[object, ...], str]] = {
-    "broken JSON": (row("k", f'[{{"role": "user", "content": "{SECRET}"'), "no valid JSON"),
-    "no list": (row("k", json.dumps({"content": SECRET})), "no JSON list"),
-    "NaN": (row("k", '[{"role": "user", "content": "x", "n": NaN}]'), "no valid JSON"),
-    "nested without end": (row("k", "[" * 100_000), "no valid JSON"),
-    "a number of 5000 digits": (row("k", f"[{'9' * 5000}]"), "no valid JSON"),
-    "messages as a blob": (row("k", SECRET.encode()), "no text"),
-    "null messages": (row("k", messages=3), "no text"),
-    "bytes that are no UTF-8": (row("k", session_type="x"), "lone surrogate"),
-    "no key": (row(None), "session_key is no text"),
-    "a number as key": (row(5), "session_key is no text"),
-    "a key with NUL": (row("a\0b"), "NUL"),
-    "an endless key": (row("k" * 3000), "2000 bytes"),
-    "an empty key": (row(""), "2000 bytes"),
-    "no type": (row("k", session_type=None), "session_type"),
-    "a time that is none": (row("k", created_at=SECRET), "created_at is no time"),
-    "a time as a number": (row("k", last_active_at=1733000000), "last_active_at is no text"),
-    "a time in the year 0": (row("k", last_active_at="0001-01-01T00:00:00+14:00"), "last_active_at is no time"),
-    "an id beyond 64 bits": (row("k", channel_id=2.0**63), "channel_id is no whole number"),
-    "an id beyond 64 bits as text": (row("k", user_id=str(2**63)), "user_id is no whole number"),
-    "an id that is none": (row("k", thread_id=SECRET), "thread_id is no whole number"),
-    "no usable message": (row("k", [{"role": "user", "content": None}]), "none of its 1 messages"),
-}
+BAD: list[tuple[tuple[object, ...], str]] = [
+    (row("broken", f'[{{"role": "user", "content": "{SECRET}"'), "no valid JSON"),
+    (row("object", json.dumps({"content": SECRET})), "no JSON list"),
+    (row("NaN", '[{"role": "user", "content": "x", "n": NaN}]'), "no valid JSON"),
+    (row("nested without end", "[" * 100_000), "no valid JSON"),
+    (row("a number of 5000 digits", f"[{'9' * 5000}]"), "no valid JSON"),
+    (row("blob", SECRET.encode()), "messages are no text"),
+    (row("number", messages=3), "messages are no text"),
+    (row("no UTF-8"), "lone surrogate"),
+    (row(None), "session_key is no text"),
+    (row(5), "session_key is no text"),
+    (row("NUL\0"), "NUL"),
+    (row("k" * 3000), "2000 bytes"),
+    (row(""), "2000 bytes"),
+    (row("no type", session_type=None), "session_type"),
+    (row("blank type", session_type=" "), "session_type is empty"),
+    (row("no time", created_at=SECRET), "created_at is no time"),
+    (row("a time as a number", last_active_at=1733000000), "last_active_at is no text"),
+    (row("a time before the year 1", last_active_at="0001-01-01T00:00:00+14:00"), "last_active_at is no time"),
+    (row("beyond 64 bits", channel_id=2.0**63), "channel_id is no whole number"),
+    (row("beyond 64 bits as text", user_id=str(2**63)), "user_id is no whole number"),
+    (row("no id", thread_id=SECRET), "thread_id is no whole number"),
+    (row("no usable message", [{"role": "user", "content": None}]), "none of its 1 messages"),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
-async def test_a_session_that_cannot_be_used_is_set_aside_with_its_reason(
-    session: Any, shared_url: Any, old: Callable[..., Path], tmp_path: Path, case: str
+async def test_sessions_that_cannot_be_used_are_set_aside_with_their_reasons(
+    database: Database, old: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from conftest import settings_for
-
-    bad, reason = BAD[case]
-    path = old(bad, schema=LAX)
-    if case == "bytes that are no UTF-8":
-        with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute("UPDATE sessions SET session_type = CAST(x'ff41' AS TEXT)")
+    # Any order in the file: they are read by their keys.
+    path = old(*(bad for bad, _ in BAD), row("good"), schema=LAX)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE sessions SET session_type = CAST(x'ff41' AS TEXT) WHERE session_key = 'no UTF-8'")
     rejects = tmp_path / "rejects.jsonl"
 
-    async with Database(shared_url, settings_for(shared_url)) as database:
-        report = await import_sqlite(database, path, rejects=rejects)
+    report = await import_sqlite(database, path, rejects=rejects)
 
-    assert counted(report) == (1, 0, 0, 0, 1)
+    assert counted(report) == (len(BAD) + 1, 1, 0, 0, len(BAD))
     assert report.has_rejects
-    assert reason in report.rejections[-1].reason
+    reasons = {each.where: each.reason for each in report.rejections}
+    for (key, *_), reason in BAD:
+        where = f"session {name(key)}" if isinstance(key, str) else f"row {1 if key is None else 2}"
+        assert reason in reasons[where]
     assert SECRET not in str(report)
     lines = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [(each["where"], each["reason"]) for each in lines] == [(r.where, r.reason) for r in report.rejections]
-    assert set(lines[-1]["record"]) >= {"session_key", "messages", "created_at"}
+    assert lines[0]["record"]["created_at"] == MORNING
     assert stat.S_IMODE(rejects.stat().st_mode) == 0o600
 
 
@@ -404,26 +403,19 @@ def _folder(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
+async def test_a_file_that_is_not_the_old_bots_is_refused(database: Database, tmp_path: Path) -> None:
+    cases: list[tuple[Callable[[Path], object], str]] = [
         (_encrypted, "no SQLite file, or is encrypted"),
         (_other_table, "no column session_type, created_at, last_active_at"),
         (_empty, "no table named sessions"),
         (_folder, "is no file"),
         (lambda _: None, "is no file"),
-    ],
-    ids=["encrypted", "another table", "an empty file", "a folder", "no file"],
-)
-async def test_a_file_that_is_not_the_old_bots_is_refused(
-    session: Any, shared_url: Any, tmp_path: Path, prepare: Callable[[Path], None], message: str
-) -> None:
-    from conftest import settings_for
-
-    prepare(tmp_path / "old.db")
-    async with Database(shared_url, settings_for(shared_url)) as database:
-        with pytest.raises(InvalidInputError, match=message):
-            await import_sqlite(database, tmp_path / "old.db")
+    ]
+    for number, (prepare, reason) in enumerate(cases):
+        path = tmp_path / f"{number}.db"
+        prepare(path)
+        with pytest.raises(InvalidInputError, match=reason):
+            await import_sqlite(database, path)
 
 
 async def test_a_locked_file_says_who_to_stop(
@@ -467,24 +459,27 @@ async def test_a_database_that_goes_away_ends_the_import(database: Database, old
         await import_sqlite(database, path)
 
 
-@pytest.mark.parametrize("timezone", ["Asia/Nowhere", "../etc/passwd", "", "a\0b"])
-async def test_an_unknown_zone_is_refused(database: Database, old: Callable[..., Path], timezone: str) -> None:
-    with pytest.raises(InvalidInputError, match="no time zone"):
-        await import_sqlite(database, old(), timezone=timezone)
+async def test_an_unknown_zone_is_refused(database: Database, old: Callable[..., Path]) -> None:
+    path = old()
+    for timezone in ("Asia/Nowhere", "../etc/passwd", "", "a\0b"):
+        with pytest.raises(InvalidInputError, match="no time zone"):
+            await import_sqlite(database, path, timezone=timezone)
 
 
-@pytest.mark.parametrize("prepare", [lambda path: path.write_text("notes\n"), lambda path: path.mkdir()])
 async def test_a_file_of_rejects_never_spoils_another(
-    database: Database, old: Callable[..., Path], tmp_path: Path, prepare: Callable[[Path], object]
+    database: Database, old: Callable[..., Path], tmp_path: Path
 ) -> None:
-    rejects = tmp_path / "notes.txt"
-    prepare(rejects)
-    if rejects.is_file():
-        rejects.chmod(0o600)
+    path = old(row("a", "x"))
+    notes = tmp_path / "notes.txt"
+    notes.write_text("notes\n")
+    notes.chmod(0o600)
+    link = tmp_path / "link"
+    link.symlink_to(notes)
 
-    with pytest.raises(InvalidInputError, match=r"notes\.txt"):
-        await import_sqlite(database, old(row("a", "x")), rejects=rejects)
-    assert rejects.is_dir() or rejects.read_text() == "notes\n"
+    for rejects in (notes, link, tmp_path, tmp_path / "no folder" / "r"):
+        with pytest.raises(InvalidInputError, match=rejects.name):
+            await import_sqlite(database, path, rejects=rejects)
+    assert notes.read_text() == "notes\n"
 
 
 async def test_rejects_that_others_could_read_are_refused_and_none_leave_no_file(

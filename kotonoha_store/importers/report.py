@@ -176,7 +176,10 @@ def _line(where: str, reason: str, record: object) -> bytes:
     try:
         text = json.dumps(record, allow_nan=False, default=_plain)
     except (ValueError, TypeError, RecursionError):
-        text = json.dumps({"repr": repr(record)})
+        try:
+            text = json.dumps({"repr": repr(record)})
+        except (ValueError, RecursionError):
+            text = '{"error": "nested too deep, or with numbers too long, to be written here"}'
     return f'{{"where": {json.dumps(where)}, "reason": {json.dumps(reason)}, "record": {text}}}\n'.encode()
 
 
