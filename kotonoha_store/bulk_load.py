@@ -32,7 +32,7 @@ BATCH_CHUNKS: Final = 1000
 # From this share of new vectors on, dropping and rebuilding the index is faster (benchmarks/bulk.py).
 _REBUILD_PAYS: Final = 0.14
 # So that each stays far below DB_COMMAND_TIMEOUT where the index is kept: some 250 vectors a second.
-_COPY_ROWS: Final = 500
+COPY_ROWS: Final = 500
 
 _KEYS: Final = bindparam("keys", type_=ARRAY(LargeBinary))
 
@@ -350,7 +350,7 @@ def _key_of_all(document: CheckedDocument) -> bytes:
 
 async def _write(session: AsyncSession, batch: Sequence[_Checked]) -> LoadReport:
     """New documents together; those that are there one by one, in the order in which everybody locks sources."""
-    repository = KnowledgeRepository(session, insert_batch_size=_COPY_ROWS)
+    repository = KnowledgeRepository(session, insert_batch_size=COPY_ROWS)
     by_key = {each.key: each for each in batch}
     there = {row.document_key for row in await session.execute(_sources(), {"keys": list(by_key)})}
     # In the order of the keys, so that two loads of the same documents wait for each other and not in a circle.
