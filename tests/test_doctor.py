@@ -372,7 +372,14 @@ async def test_a_role_without_privileges_is_given_them_by_the_statements_named(
         await store.add_document("t", "a text")
         async with store.begin() as tx:
             await tx.sessions.append("k", Message.user("a message"), session_type="thread")
-    await run_sql(shared, "DELETE FROM knowledge_sources", "DELETE FROM sessions")
+    await run_sql(
+        shared,
+        "DELETE FROM knowledge_sources",
+        "DELETE FROM sessions",
+        f"REVOKE USAGE ON SEQUENCE sessions_id_seq FROM {url.username}",
+    )
+    found = await bad(url)
+    assert found["privileges"].sql == (f"GRANT USAGE ON SEQUENCE sessions_id_seq TO {url.username}",)
 
 
 async def test_members_of_the_group_roles_are_well(
@@ -400,7 +407,7 @@ async def test_what_cannot_be_asked_is_told_and_the_others_go_on(shared: URL) ->
     locker = await connect(shared)
     async with locker.transaction():
         await locker.execute("LOCK TABLE embedding_jobs")
-        async with Database(shared, settings_for(shared)) as database:
+        async with Database(shared, settings_for(shared)) as database, asyncio.timeout(30):
             report = await examine(database, model=MODEL, seconds_a_check=0.5)
     await locker.close()
     unasked = [finding.seen for finding in report.findings if finding.code == "unasked"]
