@@ -4,7 +4,9 @@ import asyncio
 import json
 import logging
 import socket
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -56,6 +58,10 @@ COMMANDS = {
     "doctor": Case(empty=1, outdated=1, newer=1),
     "grants": Case(),
     "import files": Case("{dir}"),
+    "import sqlite": Case("{dir}/bot.sqlite"),
+    "import discord": Case("{dir}/export.json"),
+    "backup": Case("{dir}/store.backup --force", outdated=0, newer=0),
+    "restore": Case("{dir}/empty", without_database=3),  # looks at the file first
     "dlq list": Case(),
     "dlq show": Case("1"),
     "dlq requeue": Case("--all"),
@@ -112,6 +118,9 @@ async def _downgrade(url: URL) -> None:
 @pytest.fixture(autouse=True)
 def _quiet_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").write_bytes(b"")
+    with closing(sqlite3.connect(tmp_path / "bot.sqlite")) as file:
+        file.execute("CREATE TABLE sessions (session_key text, messages text)")
+    (tmp_path / "export.json").write_text('{"guild": {"id": "1"}, "channel": {"id": "2"}, "messages": []}')
     # Where an embedded server can be neither found nor made.
     monkeypatch.setenv("KB_EMBEDDED_DIR", str(tmp_path / "empty" / "below a file"))
     monkeypatch.chdir(tmp_path)
