@@ -1,6 +1,7 @@
 """Alembic's environment for every database of the project: `alembic [-n SECTION] upgrade head`."""
 
 import asyncio
+import re
 from dataclasses import dataclass
 from logging.config import fileConfig
 
@@ -47,6 +48,16 @@ def run(connection: Connection) -> None:
         context.run_migrations()
 
 
+# Alembic's own statements of a script, which would fail or add a second row when it is run again.
+RERUNNABLE = (
+    (re.compile(r"^CREATE TABLE alembic_version"), r"CREATE TABLE IF NOT EXISTS alembic_version"),
+    (
+        re.compile(r"^INSERT INTO alembic_version \(version_num\) VALUES \(('\w+')\)"),
+        r"INSERT INTO alembic_version (version_num) SELECT \1 WHERE NOT EXISTS (SELECT FROM alembic_version)",
+    ),
+)
+
+
 def run_offline() -> None:
     context.configure(
         dialect_name="postgresql",
@@ -56,6 +67,16 @@ def run_offline() -> None:
         literal_binds=True,
         transaction_per_migration=True,
     )
+    impl = context.get_context().impl
+    write = impl.static_output
+
+    def write_rerunnable(statement: str) -> None:
+        for pattern, replacement in RERUNNABLE:
+            statement = pattern.sub(replacement, statement)
+        write(statement)
+
+    # Of this run's context only.
+    impl.static_output = write_rerunnable
     with context.begin_transaction():
         context.run_migrations()
 
