@@ -244,8 +244,7 @@ class _Import:
             there[values["session_key"]] = values
             old = values["id"]
             if old in taken:
-                self.renumbered["session"] += 1
-                values = {**values, "id": old if self._dry_run else await _next_id(driver, "session")}
+                values = {**values, "id": await self._new(driver, "session")}
             taken.add(values["id"])
             self._session_ids[old] = values["id"]
             new.append(values)
@@ -354,21 +353,21 @@ class _Import:
         if source["id"] in taken:
             if source["document_key"] is None and source["origin_session_id"] is None:
                 source["document_key"] = self._key(source)
-            source["id"] = await self._new(driver, "source", source["id"])
+            source["id"] = await self._new(driver, "source")
         taken.add(source["id"])
         for row, job in unit.chunks:
             if row["id"] in chunks:
-                row["id"] = await self._new(driver, "chunk", row["id"])
+                row["id"] = await self._new(driver, "chunk")
             chunks.add(row["id"])
             row["source_id"] = source["id"]
             if job is not None:
                 job["chunk_id"] = row["id"]
         for row in unit.letters:
             if row["id"] in letters:
-                row["id"] = await self._new(driver, "dead_letter", row["id"])
+                row["id"] = await self._new(driver, "dead_letter")
             letters.add(row["id"])
             if row["original_chunk_id"] in chunks:
-                row["original_chunk_id"] = await self._new(driver, "chunk", row["original_chunk_id"])
+                row["original_chunk_id"] = await self._new(driver, "chunk")
             row["source_id"] = source["id"]
 
     async def _origin(self, driver: Any, origin: int, key: str | None) -> int:
@@ -376,12 +375,16 @@ class _Import:
         if origin not in self._session_ids:
             other = await driver.fetchval("SELECT session_key FROM sessions WHERE id = $1", origin)
             same = other is None or other == key
-            self._session_ids[origin] = origin if same else await self._new(driver, "session", origin)
+            self._session_ids[origin] = origin if same else await self._new(driver, "session")
         return self._session_ids[origin]
 
-    async def _new(self, driver: Any, kind: str, old: int) -> int:
+    async def _new(self, driver: Any, kind: str) -> int:
         self.renumbered[kind] += 1
-        return old if self._dry_run else await _next_id(driver, kind)
+        if self._dry_run:
+            # One that no row has.
+            return -(2**62) - sum(self.renumbered.values())
+        new: int = await driver.fetchval("SELECT nextval(pg_get_serial_sequence($1, 'id'))", TABLES[kind].name)
+        return new
 
     async def _letters(self, session: AsyncSession, driver: Any, batch: Sequence[_Unit]) -> None:
         moments = [unit.values["created_at"] for unit in batch]
@@ -402,10 +405,10 @@ class _Import:
                 continue
             self.tally.imported["dead_letter"] += 1
             if row["id"] in taken:
-                row["id"] = await self._new(driver, "dead_letter", row["id"])
+                row["id"] = await self._new(driver, "dead_letter")
             taken.add(row["id"])
             if row["original_chunk_id"] in chunks:
-                row["original_chunk_id"] = await self._new(driver, "chunk", row["original_chunk_id"])
+                row["original_chunk_id"] = await self._new(driver, "chunk")
             if row["source_id"] in sources:
                 # Its own source is gone, and this one is another.
                 row["source_id"] = None
@@ -434,11 +437,6 @@ async def _taken(driver: Any, kind: str, ids: Sequence[int | None]) -> set[int]:
             " UNION SELECT original_chunk_id FROM knowledge_chunks_dlq WHERE original_chunk_id = ANY($1::bigint[])"
         )
     return {row[0] for row in await driver.fetch(statement, [each for each in ids if each is not None])}
-
-
-async def _next_id(driver: Any, kind: str) -> int:
-    new: int = await driver.fetchval("SELECT nextval(pg_get_serial_sequence($1, 'id'))", TABLES[kind].name)
-    return new
 
 
 async def _copy(driver: Any, kind: str, rows: Sequence[Values]) -> None:
