@@ -22,7 +22,7 @@ from kotonoha_store.document_parts import TextPart, document_chunks
 from kotonoha_store.embedders import Embedder, embedder_from_settings
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError, StoreError
-from kotonoha_store.health import LIMIT_SECONDS, Health, HealthReport
+from kotonoha_store.health import LIMIT_SECONDS, CheckResult, Health, HealthReport
 from kotonoha_store.knowledge import KnowledgeRepository
 from kotonoha_store.recall import TOKENS_A_MESSAGE, Recall, assemble
 from kotonoha_store.recall_check import RecallReport, recall_check
@@ -249,7 +249,10 @@ class Store:
     @cached_property
     def health_checks(self) -> Health:
         """What :meth:`health` looks at; other systems register their checks here."""
-        return Health(self.database, self.queue)
+        checks = Health(self.database, self.queue)
+        if self._replica is not None:
+            checks.register("replica", partial(_replica_check, self._replica))
+        return checks
 
     async def health(self, limit_seconds: float = LIMIT_SECONDS) -> HealthReport:
         """Look whether this process can do its work; never takes longer than the limit, whatever hangs.
@@ -581,6 +584,14 @@ class Store:
             insert_batch_size=self.settings.kb_chunk_insert_batch_size,
             update_batch_size=self.settings.kb_chunk_update_batch_size,
         )
+
+
+async def _replica_check(replica: Replica) -> CheckResult:
+    status = await replica.status()
+    details = {"is_used": status.is_used, "reason": status.reason, "lag_seconds": status.lag_seconds}
+    if status.is_used:
+        return CheckResult(details=details)
+    return CheckResult("warning", f"the replica is passed over ({status.reason}); the primary answers", details)
 
 
 def _own_scope(session: SessionRecord) -> AnyFilters:

@@ -266,11 +266,16 @@ async def test_while_the_replica_is_stopped_the_primary_answers_and_one_line_is_
         found = await asyncio.gather(*(words(store, "news", after=token) for _ in range(20)))
         assert {(len(result.hits), result.from_replica) for result in found} == {(1, False)}
         assert (await status(store)).reason == "unavailable"
+        health = await store.health(30)
+        assert health.is_healthy
+        assert "the replica is passed over (unavailable)" in " ".join(health.warnings)
         assert [vars(record)["event"] for record in caplog.records] == ["replica_passed_over"]
 
         servers.standby.start()
         await until_status(store, None)
         assert (await words(store, "news", after=token)).from_replica
+        health = await store.health(30)
+        assert (health.warnings, health.checks["replica"].details["is_used"]) == ((), True)
         assert [vars(record)["event"] for record in caplog.records] == ["replica_passed_over", "replica_used_again"]
 
 
