@@ -57,9 +57,11 @@ from kotonoha_store.errors import (
     InvalidInputError,
     ModelMismatchError,
     NotFoundError,
+    RateLimitedError,
     SchemaOutdatedError,
     StoreError,
     StoreUnavailableError,
+    TransientEmbeddingError,
 )
 from kotonoha_store.records import Progress
 from kotonoha_store.replicas import Replica
@@ -172,14 +174,14 @@ def describe(error: BaseException) -> tuple[str, str, int]:
     """Return an error's name, what to tell the user about it, and the exit code."""
     while isinstance(error, BaseExceptionGroup):
         error = next((each for each in error.exceptions if isinstance(each, StoreError)), error.exceptions[0])
-    if not isinstance(error, StoreError):
-        error = translate_error(error) or error if not _is_of_a_file(error) else error
+    if not isinstance(error, StoreError) and not _is_of_a_file(error):
+        error = translate_error(error) or error
     name = type(error).__name__
     if isinstance(error, SchemaOutdatedError):
         return name, str(error), SCHEMA
     if isinstance(error, ConfigurationError | InvalidInputError | NotFoundError | ModelMismatchError):
         return name, str(error), INPUT
-    if isinstance(error, StoreUnavailableError) or name in ("RateLimitedError", "TransientEmbeddingError"):
+    if isinstance(error, StoreUnavailableError | RateLimitedError | TransientEmbeddingError):
         return name, str(error), UNAVAILABLE
     if isinstance(error, StoreError):
         return name, str(error), FINDINGS

@@ -58,9 +58,12 @@ async def stats(
     async with open_store(embedder=False) as store:
         if refresh:
             await store.fill_terms()
-            with progress("Analysing tables", as_json) as report:
-                refused = await statistics.analyze(store.database, progress=report)
-        result = await statistics.store_statistics(store.database)
+        # Reading all of a large table takes longer than DB_COMMAND_TIMEOUT.
+        async with store.database.patient() as patient:
+            if refresh:
+                with progress("Analysing tables", as_json) as report:
+                    refused = await statistics.analyze(patient, progress=report)
+            result = await statistics.store_statistics(patient)
     people = _statistics(result)
     if refused:
         people.append(plain(f"\nnot analysed, since this role may not: {', '.join(refused)}", style="yellow"))
