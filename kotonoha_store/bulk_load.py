@@ -100,6 +100,7 @@ async def load_documents(
     documents: Iterable[NewDocument] | AsyncIterable[NewDocument],
     *,
     rebuild: bool | None = None,
+    dry_run: bool = False,
     total: int | None = None,
     progress: Progress | None = None,
     on_rejected: OnRejected | None = None,
@@ -119,6 +120,7 @@ async def load_documents(
     Args:
         documents: read as they are needed; held in memory a batch at a time.
         rebuild: None: only where no vector is stored yet, and nobody could search.
+        dry_run: count what would be done; nothing is written.
         total: how many there are, for ``progress``.
         on_rejected: takes documents that cannot be stored; without it the first one ends the load.
         on_build: told how the index build goes.
@@ -131,12 +133,14 @@ async def load_documents(
         StoreUnavailableError: the database did not answer. Call it again with the same documents.
     """
     index = IndexOfLoad(database, rebuild)
-    load = _Load(database, index, on_rejected)
+    load = _Load(database, index, on_rejected, dry_run=dry_run)
     async with index.apart():
         async for batch in _batches(documents, load):
             await load.write(batch)
             if progress is not None:
                 progress(load.report.documents, total)
+    if dry_run:
+        return load.report
     state = await index.finish(
         maintenance_work_mem=maintenance_work_mem, parallel_workers=parallel_workers, progress=on_build
     )
@@ -237,8 +241,11 @@ class _Checked:
 class _Load:
     """The state of one load between its batches."""
 
-    def __init__(self, database: Database, index: IndexOfLoad, on_rejected: OnRejected | None) -> None:
+    def __init__(
+        self, database: Database, index: IndexOfLoad, on_rejected: OnRejected | None, *, dry_run: bool
+    ) -> None:
         self._database = database
+        self._dry_run = dry_run
         self._index = index
         self._on_rejected = on_rejected
         self.report = LoadReport()
@@ -254,11 +261,11 @@ class _Load:
             return None
 
     async def write(self, batch: Sequence[_Checked]) -> None:
-        if any(each.vectors for each in batch):
+        if any(each.vectors for each in batch) and not self._dry_run:
             await self._index.before_vectors(await self._new_vectors(batch))
         async with self._database.begin() as session:
             with translated_errors():
-                done = await _write(session, batch)
+                done = await _write(session, batch, dry_run=self._dry_run)
         report = self.report
         self.report = replace(
             report,
@@ -348,13 +355,23 @@ def _key_of_all(document: CheckedDocument) -> bytes:
     return hashlib.sha256(dump_json(identity).encode()).digest()
 
 
-async def _write(session: AsyncSession, batch: Sequence[_Checked]) -> LoadReport:
+async def _write(session: AsyncSession, batch: Sequence[_Checked], *, dry_run: bool) -> LoadReport:
     """New documents together; those that are there one by one, in the order in which everybody locks sources."""
     repository = KnowledgeRepository(session, insert_batch_size=COPY_ROWS)
     by_key = {each.key: each for each in batch}
     there = {row.document_key for row in await session.execute(_sources(), {"keys": list(by_key)})}
     # In the order of the keys, so that two loads of the same documents wait for each other and not in a circle.
     new = [by_key[key].document for key in sorted(by_key.keys() - there)]
+    if dry_run:
+        sources = (await session.execute(_sources(), {"keys": list(by_key)})).all()
+        same = await _unchanged(session, sources, by_key)
+        return LoadReport(
+            added=len(new),
+            changed=len(sources) - len(same),
+            unchanged=len(same),
+            chunks=sum(len(document.rows) for document in new),
+            vectors=sum(by_key[document.values["document_key"]].vectors for document in new),
+        )
     inserted = await _insert_sources(session, new)
     owned = [
         OwnedRow(inserted[document.values["document_key"]], document.values["title"], document.scope, row)

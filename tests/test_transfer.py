@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bulk_data import query
+from command_line import kotonoha
 from conftest import new_database, run_sql, settings_for
 from sqlalchemy import URL, text
 
@@ -30,6 +31,7 @@ from kotonoha_store import (
     Store,
     transfer,
 )
+from kotonoha_store.importers.jsonl import import_documents
 from kotonoha_store.transfer import TABLES, ExportFilters, export_jsonl
 from kotonoha_store.transfer_import import import_jsonl
 from kotonoha_store.transfer_lines import parse_line
@@ -403,3 +405,74 @@ async def test_a_database_of_another_revision_is_refused(empty_url: URL, tmp_pat
             await export_jsonl(database, tmp_path / "all.jsonl")
         with pytest.raises(SchemaOutdatedError):
             await import_jsonl(database, tmp_path / "all.jsonl")
+
+
+async def test_documents_of_a_file_are_cut_or_taken_with_their_vectors(database: Database, tmp_path: Path) -> None:
+    vector = np.ones(1536, "<f2")
+    good: list[dict[str, Any]] = [
+        {
+            "title": "文書",
+            "text": "梅雨がない。",
+            "uri": "file:1",
+            "guild_id": BIG,
+            "occurred_at": "2026-01-01T00:00:00Z",
+        },
+        {"title": "list", "chunks": [{"content": "a", "embedding": vector.tolist()}], "embedding_model": "m"},
+        {
+            "title": "base64",
+            "chunks": [
+                {"content": "b", "embedding": base64.b64encode(vector).decode(), "embedding_model": "m"},
+                {"content": "c", "location": {"page": 2**60 + 1}},
+            ],
+            "metadata": {"author": "😀"},
+        },
+    ]
+    bad = {
+        b'{"title": "both", "text": "x", "chunks": []}': "either text or chunks",
+        b'{"title": "nul", "text": "a\\u0000b"}': "NUL",
+        b'{"self": 1}': "fields that no document has",
+        b'{"title": 1, "text": "x"}': "title",
+        b'{"title": "x", "chunks": [{"content": "x", "embedding": "@"}]}': "base64",
+        b'{"title": "x", "chunks": [{"content": "x", "embedding": [1], "embedding_model": "m"}]}': "1536 dimensions",
+        b"[1]": "no JSON object",
+        b"\xff": "no JSON",
+        b'{"title": "", "text": "x"}': "blank",
+    }
+    path, aside = tmp_path / "documents.jsonl.gz", tmp_path / "rejects.jsonl"
+    rows = [json.dumps(each, ensure_ascii=False).encode() for each in good]
+    path.write_bytes(gzip.compress(b"\n".join([*rows[:1], b"", *bad, *rows[1:]])))
+    planned = await import_documents(database, path, dry_run=True)
+    assert (await everything(database))["knowledge_sources"] == []
+    done = await import_documents(database, path, rejects=aside)
+    for report in (planned, done):
+        assert (report.read, report.imported, report.rejected) == (3 + len(bad), 3, len(bad))
+        assert (report.inner["chunks"].imported, report.details["vectors"]) == (4, 2)
+    records = [json.loads(line) for line in lines(aside)]
+    assert [record["where"] for record in records] == [f"line {number}" for number in range(3, 3 + len(bad))]
+    assert all(part in record["reason"] for part, record in zip(bad.values(), records, strict=True)), records
+    before = await everything(database)
+    assert (await import_documents(database, path)).unchanged == 3
+    assert await everything(database) == before
+    async with database.begin() as session:
+        assert await query(session, "SELECT location ->> 'page' FROM knowledge_chunks WHERE content = 'c'") == [
+            str(2**60 + 1)
+        ]
+
+
+def test_the_commands_export_and_import(migrated_url: URL, other_url: URL, tmp_path: Path) -> None:
+    source, path = tmp_path / "documents.jsonl", tmp_path / "all.jsonl.gz"
+    source.write_text('{"title": "文書", "text": "梅雨", "guild_id": 1}\n{"title": ""}\n')
+    ran = kotonoha("import", "jsonl", str(source), "--json", url=migrated_url)
+    assert (ran.code, ran.json["imported"], ran.json["rejected"]) == (1, 1, 1)
+    assert kotonoha("export", str(path), "--guild", "1", url=migrated_url).code == 0
+    refused = kotonoha("export", str(path), url=migrated_url)
+    assert (refused.code, refused.stderr.count("\n")) == (3, 1)
+    assert kotonoha("export", str(path), "--force", "--json", url=migrated_url).json["sources"] == 1
+    plain = kotonoha("export", "-", url=migrated_url)
+    assert plain.stdout.encode().splitlines()[1:-1] == gzip.decompress(path.read_bytes()).splitlines()[1:-1]
+    dry = kotonoha("import", "jsonl", str(path), "--dry-run", url=other_url)
+    assert (dry.code, "nothing was written" in dry.stdout) == (0, True)
+    assert kotonoha("import", "jsonl", str(path), "--json", url=other_url).json["imported"] == 1
+    assert kotonoha("import", "jsonl", str(path), "--json", url=other_url).json["unchanged"] == 1
+    missing = kotonoha("import", "jsonl", str(tmp_path / "nothing"), url=other_url)
+    assert (missing.code, missing.stderr.count("\n")) == (3, 1)

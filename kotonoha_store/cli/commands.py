@@ -22,6 +22,7 @@ _MODULES: Final[tuple[str, ...]] = (
     "backup",
     "import_files",
     "imports",
+    "transfer",
 )
 
 for _name in _MODULES:

@@ -56,7 +56,7 @@ async def sqlite(
                 dry_run=dry_run,
                 progress=report,
             )
-    _show(result, as_json, rejects)
+    show_report(result, as_json, rejects)
 
 
 @import_app.command("discord")
@@ -92,10 +92,11 @@ async def discord(
                 dry_run=dry_run,
                 progress=report,
             )
-    _show(result, as_json, rejects)
+    show_report(result, as_json, rejects)
 
 
-def _show(report: ImportReport, as_json: bool, rejects: Path | None) -> None:
+def show_report(report: ImportReport, as_json: bool, rejects: Path | None) -> None:
+    """Print what an import did, and end with 1 where records were set aside."""
     kinds: list[tuple[str, Counts]] = [(report.what, report), *report.inner.items()]
     rows = [
         (kind, each.read, each.imported, each.unchanged, each.kept, each.skipped, each.rejected) for kind, each in kinds
