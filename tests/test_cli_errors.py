@@ -60,6 +60,8 @@ COMMANDS = {
     "import files": Case("{dir}"),
     "import sqlite": Case("{dir}/bot.sqlite"),
     "import discord": Case("{dir}/export.json"),
+    "import jsonl": Case("{dir}/empty"),
+    "export": Case("{dir}/store.jsonl"),
     "backup": Case("{dir}/store.backup --force", outdated=0, newer=0),
     "restore": Case("{dir}/empty", without_database=3),  # looks at the file first
     "dlq list": Case(),
