@@ -432,7 +432,7 @@ async def _fill(
     async with _at(database, target) as inside, inside.connect() as connection:
         with translated_errors():
             where = (await connection.execute(_TARGET, {"name": target})).one()
-            await connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+            await _ensure_schema(connection, manifest.schema)
             try:
                 # As a lock too: of two that restore into the same database one goes on.
                 await connection.exec_driver_sql(f"CREATE TABLE {schema}.{UNFINISHED} ()")
@@ -454,6 +454,13 @@ async def _fill(
         return await migrations.state(inside)
 
 
+async def _ensure_schema(connection: AsyncConnection, name: str) -> None:
+    # IF NOT EXISTS would ask for the right to create one all the same.
+    found = await connection.execute(text("SELECT FROM pg_namespace WHERE nspname = :name"), {"name": name})
+    if found.one_or_none() is None:
+        await connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {_quoted(name)}")
+
+
 async def _extension(database: Database, manifest: Manifest) -> None:
     """Create pgvector where the dump looks for it."""
     if manifest.vector is None or manifest.vector_schema is None:
@@ -461,7 +468,7 @@ async def _extension(database: Database, manifest: Manifest) -> None:
     schema = _quoted(manifest.vector_schema)
     async with database.transaction() as connection:
         with translated_errors():
-            await connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+            await _ensure_schema(connection, manifest.vector_schema)
             found = (await connection.execute(_VECTOR)).scalar_one_or_none()
             if found not in (None, manifest.vector_schema):
                 raise ExtensionMissingError(

@@ -149,7 +149,6 @@ def environment(url: URL, settings: Settings) -> dict[str, str]:
         "PGUSER": url.username,
         "PGPASSWORD": url.password,
         "PGDATABASE": url.database,
-        "PGAPPNAME": "kotonoha_store",
         "PGCONNECT_TIMEOUT": str(math.ceil(settings.db_connect_timeout)),
     }
     options = [result["PGOPTIONS"]] if "PGOPTIONS" in result else []

@@ -13,14 +13,14 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 
 import asyncpg
 import pytest
 from embedding_server import EmbeddingServer
 from pgbouncer import PROGRAM, PgBouncer, direct, pgbouncer
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import (
@@ -32,11 +32,14 @@ from kotonoha_store import (
     Settings,
     Store,
     migrations,
+    roles,
 )
-from kotonoha_store.database import connect_arguments
+from kotonoha_store.database import Executor, connect_arguments
 
 VERSION = int(os.environ.get("TEST_POSTGRES_VERSION", "18"))
 RUN = uuid.uuid4().hex[:8]
+# Roles are the whole server's.
+ROLES = f"kt_{RUN}"
 
 # The summary says so.
 collect_ignore = [] if PROGRAM is not None else ["test_pooler.py"]
@@ -156,6 +159,49 @@ def template(server_url: URL) -> Iterator[URL]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def granted_template(server_url: URL, template: URL) -> Iterator[URL]:
+    """As the template, with the group roles, and login roles that are members of one or two of them."""
+    logins = {_login(*groups): groups for groups in (("app",), ("worker",), ("app", "worker"), ("backup",))}
+
+    async def grant(url: URL) -> None:
+        async with Database(url, settings_for(url)) as database:
+            await roles.grant(database, prefix=ROLES)
+
+    with new_database(server_url, template=str(template.database)) as url:
+        asyncio.run(grant(url))
+        for login, groups in logins.items():
+            names = ", ".join(f"{ROLES}_{group}" for group in groups)
+            asyncio.run(run_sql(server_url, f"CREATE ROLE {login} LOGIN PASSWORD '{RUN}' IN ROLE {names}"))
+        # For acting_as().
+        asyncio.run(run_sql(server_url, f"GRANT {ROLES}_worker TO {_login('app')} WITH INHERIT FALSE, SET TRUE"))
+        yield url
+    everybody = ", ".join([*logins, *roles.names(ROLES).values()])
+    asyncio.run(run_sql(server_url, f"DROP ROLE {everybody}"))
+
+
+def _login(*groups: str) -> str:
+    return f"{ROLES}_login_{'_'.join(groups)}"
+
+
+def _groups(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Of which group roles the test is a member: by the nearest marker ``role``; of none, it is a superuser."""
+    marker = request.node.get_closest_marker("role")
+    return () if marker is None or marker.args == ("superuser",) else marker.args
+
+
+def _as_member(groups: tuple[str, ...], url: URL) -> URL:
+    return url.set(username=_login(*groups), password=RUN) if groups else url
+
+
+@asynccontextmanager
+async def acting_as(unit: Executor, group: str) -> AsyncIterator[None]:
+    """Within a test's transaction, with the privileges of another group: for what it does in a worker's place."""
+    await unit.execute(text(f"SET LOCAL ROLE {ROLES}_{group}"))
+    yield
+    await unit.execute(text("SET LOCAL ROLE NONE"))
+
+
 @pytest.fixture
 def empty_url(server_url: URL) -> Iterator[URL]:
     """A database of its own, not migrated."""
@@ -164,15 +210,17 @@ def empty_url(server_url: URL) -> Iterator[URL]:
 
 
 @pytest.fixture
-def migrated_url(server_url: URL, template: URL) -> Iterator[URL]:
-    """A migrated database of its own."""
+def migrated_url(request: pytest.FixtureRequest, server_url: URL) -> Iterator[URL]:
+    """A migrated database of its own, as a superuser."""
+    template = request.getfixturevalue("granted_template" if _groups(request) else "template")
     with new_database(server_url, template=str(template.database)) as url:
         yield url
 
 
 @pytest.fixture
-def settings(migrated_url: URL) -> Settings:
-    return settings_for(migrated_url)
+def settings(request: pytest.FixtureRequest, migrated_url: URL) -> Settings:
+    """Of a migrated database of the test's own, for the role that the test is marked with."""
+    return settings_for(_as_member(_groups(request), migrated_url))
 
 
 @pytest.fixture
@@ -195,10 +243,22 @@ def shared_url(server_url: URL, template: URL) -> Iterator[URL]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def granted_shared_url(server_url: URL, granted_template: URL) -> Iterator[URL]:
+    with new_database(server_url, template=str(granted_template.database)) as url:
+        yield url
+
+
 @pytest.fixture
-async def session(shared_url: URL) -> AsyncIterator[AsyncSession]:
+def session_url(request: pytest.FixtureRequest) -> URL:
+    groups = _groups(request)
+    return _as_member(groups, request.getfixturevalue("granted_shared_url" if groups else "shared_url"))
+
+
+@pytest.fixture
+async def session(session_url: URL) -> AsyncIterator[AsyncSession]:
     """A transaction that is rolled back: for tests of one repository. Commits inside it are savepoints."""
-    async with Database(shared_url, settings_for(shared_url)) as database, database.engine.connect() as connection:
+    async with Database(session_url, settings_for(session_url)) as database, database.engine.connect() as connection:
         outer = await connection.begin()
         async with AsyncSession(
             connection, expire_on_commit=False, join_transaction_mode="create_savepoint"

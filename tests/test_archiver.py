@@ -25,6 +25,8 @@ from kotonoha_store import (
     archive_writes,
 )
 
+pytestmark = pytest.mark.role("app")
+
 # What is written
 
 

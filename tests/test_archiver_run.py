@@ -25,6 +25,8 @@ from kotonoha_store import (
 from kotonoha_store import archiver as archiving_module
 from kotonoha_store.wakeup import Listener
 
+pytestmark = pytest.mark.role("app")
+
 QUIET = "UPDATE sessions SET last_active_at = now() - interval '2 hours', archive_due_at = now() - interval '2 hours'"
 
 

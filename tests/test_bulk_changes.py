@@ -36,6 +36,8 @@ from kotonoha_store import (
 )
 from kotonoha_store.search_records import AnyFilters, BulkResult
 
+pytestmark = pytest.mark.role("app", "worker")
+
 # What goes, and what stays
 
 
@@ -299,6 +301,7 @@ async def test_a_new_title_is_found_by_its_words(knowledge: KnowledgeRepository,
         assert after[table] == before[table]
 
 
+@pytest.mark.role("superuser")
 async def test_words_of_a_title_that_does_not_change_are_left_alone(
     knowledge: KnowledgeRepository, session: AsyncSession
 ) -> None:

@@ -47,6 +47,8 @@ from kotonoha_store.columns import pack_vector
 from kotonoha_store.search_records import AnyFilters, BulkResult
 from kotonoha_store.term_index import fill_terms
 
+pytestmark = pytest.mark.role("app", "worker")
+
 # Transactions
 
 
@@ -220,6 +222,7 @@ async def test_a_chunk_added_after_the_lock_finds_no_source(database: Database) 
         await adding
 
 
+@pytest.mark.role("superuser")
 async def test_a_chunk_that_another_program_adds_without_locking_keeps_its_source(database: Database) -> None:
     """Its foreign key alone locks the source: it must not go by the cascade of a source that seemed empty."""
     source_id, ids = await added(database, *plain("a"))
@@ -237,6 +240,7 @@ async def test_a_chunk_that_another_program_adds_without_locking_keeps_its_sourc
         assert await ids_of(session, "knowledge_sources") == [source_id]
 
 
+@pytest.mark.role("superuser")
 @pytest.mark.parametrize("change", ["delete", "update"])
 async def test_sources_are_locked_first_and_in_order(database: Database, change: str) -> None:
     """While it waits for the first source it holds nothing of the others, nor any chunk, job or dead letter."""
@@ -273,6 +277,7 @@ async def test_dead_letters_that_no_source_guards_are_locked_in_order(database: 
     assert (await deleting).dead_letters == 3
 
 
+@pytest.mark.role("superuser")
 async def test_a_dry_run_waits_for_nobody(database: Database) -> None:
     await added(database, *plain("a"))
     async with database.begin() as session:
@@ -468,6 +473,7 @@ async def test_everybody_at_once(database: Database) -> None:
         assert await sizes(session) == [0] * len(TABLES)
 
 
+@pytest.mark.role("superuser")
 async def test_a_failure_of_the_server_is_told_in_our_words(database: Database) -> None:
     await added(database, *plain("a"))
     async with database.begin() as session:

@@ -28,6 +28,8 @@ from kotonoha_store.filters import conditions, parameters, shape
 from kotonoha_store.search_records import AnyFilters, BulkResult
 from kotonoha_store.source_status import recompute_status
 
+pytestmark = pytest.mark.role("app", "worker")
+
 # Each kind of filter
 
 

@@ -20,6 +20,8 @@ from kotonoha_store import (
     UnembeddableTextError,
 )
 
+pytestmark = pytest.mark.role("worker")
+
 REFUSED = raising(UnembeddableTextError("no"))
 
 
@@ -140,6 +142,7 @@ async def test_discarded_ones_are_gone_and_the_status_follows(database: Database
         await queue.dead_letter(worse.id)
 
 
+@pytest.mark.role("app", "worker")
 async def test_those_of_a_source_that_is_gone_can_be_discarded(database: Database, queue: EmbeddingQueue) -> None:
     await bury(database, queue, "a", code=ErrorCode.INVALID_INPUT)
     await sql(database, "DELETE FROM knowledge_sources")
@@ -171,6 +174,7 @@ async def test_what_is_no_id_or_code_is_refused(queue: EmbeddingQueue, options: 
         await queue.dead_letters(limit=0)
 
 
+@pytest.mark.role("app", "worker")
 async def test_requeue_and_discard_at_once_take_each_letter_once(database: Database, queue: EmbeddingQueue) -> None:
     for _ in range(10):
         ids = await bury(database, queue, *"abcdef", code=ErrorCode.INVALID_INPUT)

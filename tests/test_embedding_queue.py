@@ -34,6 +34,8 @@ from kotonoha_store import (
 )
 from kotonoha_store.prepared import Prepared
 
+pytestmark = pytest.mark.role("worker")
+
 MODEL = "test-model"
 MINUTE = timedelta(minutes=1)
 
@@ -314,6 +316,7 @@ WRITES: dict[str, Write] = {
 each_write = pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 
 
+@pytest.mark.role("app", "worker")
 @each_write
 async def test_a_source_deleted_while_it_is_leased_is_passed_over(
     database: Database, queue: EmbeddingQueue, write: Write
@@ -569,6 +572,7 @@ async def test_requeue_takes_what_meets_every_condition(database: Database, queu
     assert (await queue.claim()).chunk_ids == (b,)
 
 
+@pytest.mark.role("app", "worker")
 async def test_dead_letters_of_a_source_that_is_gone_stay(database: Database, queue: EmbeddingQueue) -> None:
     source_id, ids = await add(database, "a", "b")
     await queue.bury(await queue.claim(), ids, ErrorCode.INVALID_INPUT)
@@ -578,6 +582,7 @@ async def test_dead_letters_of_a_source_that_is_gone_stay(database: Database, qu
     assert len(await queue.dead_letters()) == 2
 
 
+@pytest.mark.role("app", "worker")
 async def test_deleting_a_source_takes_its_dead_letters_along(database: Database, queue: EmbeddingQueue) -> None:
     source_id, ids = await add(database, "a")
     await queue.bury(await queue.claim(), ids, ErrorCode.INVALID_INPUT)
@@ -708,6 +713,7 @@ async def test_two_that_finish_a_source_together_leave_it_completed(
     assert (await source(database, source_id)).status == status
 
 
+@pytest.mark.role("app", "worker")
 @pytest.mark.parametrize(
     ("write", "locked"), [(WRITES["complete"], True), (WRITES["complete"], False), (WRITES["bury"], True)]
 )
@@ -737,6 +743,7 @@ async def test_a_source_deleted_in_the_middle_of_a_write_waits_for_it(
     assert await everything(database) == [[], [], [], []]
 
 
+@pytest.mark.role("app", "worker")
 async def test_deleting_sources_while_their_chunks_are_written_does_not_deadlock(
     database: Database, queue: EmbeddingQueue
 ) -> None:

@@ -35,6 +35,8 @@ from kotonoha_store.checks import BIGINT_MAX
 from kotonoha_store.filters import EVERYTHING, NOTHING, Shape, conditions, parameters, shape
 from kotonoha_store.search_records import FILTER_MAX_DEPTH, FILTER_MAX_PARTS, AnyFilters, CombinedFilters
 
+pytestmark = pytest.mark.role("app")
+
 # The database reads as we do
 
 
@@ -396,6 +398,7 @@ async def test_a_statement_may_read_the_sources_itself(session: AsyncSession) ->
 # Plans
 
 
+@pytest.mark.role("superuser")
 async def test_sources_are_looked_up_where_a_filter_is_negated_or_an_alternative(session: AsyncSession) -> None:
     """More sources than fit into work_mem: an IN would be compared with them one by one."""
     connection = await session.connection()

@@ -29,6 +29,8 @@ from kotonoha_store.archive_pieces import Rules, Snapshot, settled_point
 from kotonoha_store.database import connect_arguments, database_url
 from kotonoha_store.records import Scope
 
+pytestmark = pytest.mark.role("app")
+
 NOT_QUIET = timedelta(days=1)
 
 

@@ -29,6 +29,8 @@ from kotonoha_store import (
 )
 from kotonoha_store.words import parse_query
 
+pytestmark = pytest.mark.role("app")
+
 Place = tuple[int, int | None]
 
 
@@ -268,6 +270,7 @@ async def test_other_models_and_what_waits_have_no_similarity(session: AsyncSess
     assert (await hybrid(session, "nothing", vector, filters=SearchFilters(guild_id=5))).hits == ()
 
 
+@pytest.mark.role("superuser")
 async def test_no_chunk_of_others_is_fused(session: AsyncSession, corpus: Corpus) -> None:
     await session.execute(
         text("UPDATE chunk_terms SET terms = (terms::text || ' ''#guild_id=1''')::tsvector WHERE terms::text !~ 'd=1'")
@@ -380,6 +383,7 @@ async def test_a_search_is_one_round_trip(migrated_url: URL) -> None:
             assert (len(result.hits), await sent.taken()) == (10, 1)
 
 
+@pytest.mark.role("app", "worker")
 async def test_a_store_fuses_both(store: Store) -> None:
     for number, content in enumerate(["梅雨前線の北上", "puppies and kittens", "梅雨が明けた"]):
         await store.add_document(f"title {number}", content, guild_id=1)

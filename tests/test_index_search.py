@@ -21,6 +21,8 @@ from kotonoha_store.columns import pack_vectors
 from kotonoha_store.database import driver_connection
 from kotonoha_store.selectivity import EFFORTS, Effort, Remembered, Selectivity, ef_search
 
+pytestmark = pytest.mark.role("app")
+
 GUILD = SearchFilters(guild_id=1)
 SHOW = text("SELECT current_setting('hnsw.ef_search'), current_setting('hnsw.iterative_scan')")
 

@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import numpy as np
 import pytest
+from conftest import acting_as
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -27,6 +28,8 @@ from kotonoha_store import (
     SourceType,
 )
 from kotonoha_store.columns import pack_vector
+
+pytestmark = pytest.mark.role("app")
 
 MODEL = "test-model"
 URI = "https://example.com"
@@ -77,8 +80,9 @@ async def embed_all(session: AsyncSession, model: str = MODEL) -> dict[int, byte
         "UPDATE knowledge_chunks SET embedding = $2, embedding_model = $3 WHERE id = $1",
         [(chunk_id, bytes(data), model) for chunk_id, data in packed.items()],
     )
-    await query(session, "DELETE FROM embedding_jobs")
-    await query(session, "UPDATE knowledge_sources SET status = 'completed'")
+    async with acting_as(session, "worker"):
+        await query(session, "DELETE FROM embedding_jobs")
+        await query(session, "UPDATE knowledge_sources SET status = 'completed'")
     return await vectors(session)
 
 
@@ -90,13 +94,14 @@ async def vectors(session: AsyncSession) -> dict[int, bytes]:
 
 
 async def bury(session: AsyncSession, chunk_id: int) -> None:
-    await query(
-        session,
-        "INSERT INTO knowledge_chunks_dlq (original_chunk_id, source_id, content, location)"
-        " SELECT id, source_id, content, location FROM knowledge_chunks WHERE id = :id",
-        id=chunk_id,
-    )
-    await query(session, "DELETE FROM knowledge_chunks WHERE id = :id", id=chunk_id)
+    async with acting_as(session, "worker"):
+        await query(
+            session,
+            "INSERT INTO knowledge_chunks_dlq (original_chunk_id, source_id, content, location)"
+            " SELECT id, source_id, content, location FROM knowledge_chunks WHERE id = :id",
+            id=chunk_id,
+        )
+        await query(session, "DELETE FROM knowledge_chunks WHERE id = :id", id=chunk_id)
 
 
 async def add(knowledge: KnowledgeRepository, *new: NewChunk) -> tuple[int, list[int]]:

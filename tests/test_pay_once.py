@@ -26,6 +26,8 @@ from kotonoha_store import (
     TransientEmbeddingError,
 )
 
+pytestmark = pytest.mark.role("worker")
+
 # Pay once
 
 

@@ -12,6 +12,8 @@ from word_reference import Known, frequencies, random_text, ranked
 from kotonoha_store import SearchFilters, SearchRepository
 from kotonoha_store.words import fold
 
+pytestmark = pytest.mark.role("app")
+
 # Whatever quotes are taken for, and what folds to them.
 QUOTES = '"“”„〝〞＂'
 

@@ -28,6 +28,8 @@ from kotonoha_store.embedding_batch import (
     RATE_LIMIT_DELAY_MIN,
 )
 
+pytestmark = pytest.mark.role("worker")
+
 # Rate limits
 
 

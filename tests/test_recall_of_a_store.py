@@ -24,6 +24,8 @@ from kotonoha_store import (
 )
 from kotonoha_store.tokens import count_tokens
 
+pytestmark = pytest.mark.role("app", "worker")
+
 # Through the store
 
 

@@ -23,6 +23,8 @@ from kotonoha_store import (
     archive_restore,
 )
 
+pytestmark = pytest.mark.role("app")
+
 KEPT = {"overlap_messages": 3, "chunk_size_messages": 4, "chunk_overlap_messages": 2}
 
 
@@ -169,6 +171,7 @@ async def test_no_context_from_before_a_gap(database: Database) -> None:
     assert said(record) == [f"message {number}" for number in range(3, 8)]
 
 
+@pytest.mark.role("app", "worker")
 async def test_dead_letters_go_with_it(database: Database) -> None:
     service = await archived_in_parts(database, 6)
     (source,) = await source_ids(database)
@@ -316,6 +319,7 @@ async def test_another_key_for_a_session_that_exists_is_refused(database: Databa
 # Beside others
 
 
+@pytest.mark.role("app", "worker")
 async def test_a_worker_that_holds_its_chunks_passes_them_over(database: Database) -> None:
     service = await archived_in_parts(database, 6)
     (source,) = await source_ids(database)

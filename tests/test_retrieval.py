@@ -35,6 +35,8 @@ from kotonoha_store.database import translated_errors
 from kotonoha_store.search_records import AnyFilters
 from kotonoha_store.selectivity import Remembered, Selectivity
 
+pytestmark = pytest.mark.role("app")
+
 
 async def found(session: AsyncSession, query: Vectors, **filters: Any) -> set[int]:
     repository = SearchRepository(session)
@@ -496,6 +498,7 @@ def test_a_driver_that_lost_its_way_is_an_unavailable_store() -> None:
     assert "protocol state" not in str(caught.value)
 
 
+@pytest.mark.role("app", "worker")
 async def test_a_location_that_is_no_object_does_not_spoil_a_search(store: Store) -> None:
     await store.add_document("title", "somebody else wrote this row", guild_id=9)
     await store.embedding_worker.run_until_empty()

@@ -28,6 +28,8 @@ from kotonoha_store import (
 )
 from kotonoha_store.sessions import KEY_MAX_BYTES, DueSession, _append, _due
 
+pytestmark = pytest.mark.role("app")
+
 BIG = 2**63 - 1
 
 
@@ -565,6 +567,7 @@ async def explain(session: AsyncSession, statement: Any) -> str:
     return "\n".join(row[0] for row in await driver.fetch(f"EXPLAIN {compiled.string}", *values))
 
 
+@pytest.mark.role("superuser")
 async def test_the_queries_use_their_indexes(session: AsyncSession) -> None:
     await session.execute(
         text(

@@ -31,6 +31,8 @@ from kotonoha_store import (
 )
 from kotonoha_store.database import connect_arguments, translate_error
 
+pytestmark = pytest.mark.role("app", "worker")
+
 
 async def test_a_conversation_goes_in_and_is_found_again(store: Store) -> None:
     async with store.begin() as tx:

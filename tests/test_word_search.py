@@ -34,6 +34,8 @@ from kotonoha_store import (
 from kotonoha_store.search_records import AnyFilters
 from kotonoha_store.term_index import fill_terms
 
+pytestmark = pytest.mark.role("app")
+
 __all__ = ["world"]  # a fixture
 
 
@@ -338,6 +340,7 @@ async def test_a_word_that_no_sampled_chunk_has_is_thought_to_be_in_half_a_one(s
     assert hit.score == pytest.approx(math.log(1 + counted[""]))
 
 
+@pytest.mark.role("superuser")
 async def test_equals_are_ordered_by_id_across_pages(session: AsyncSession) -> None:
     chunk_ids = await write(session, *["同じ 雨"] * 250)
     # So that the order on disk is another.
@@ -412,6 +415,7 @@ async def test_what_others_have_takes_no_room(session: AsyncSession) -> None:
             assert await found(session, query, filters=filters, everywhere=True) == mine
 
 
+@pytest.mark.role("superuser")
 async def test_the_filters_decide_whatever_the_terms_of_the_scope_say(session: AsyncSession) -> None:
     mine = await write(session, *["secret 雨"] * 5)
     theirs = await write(session, *["secret 雨"] * 5, guild_id=2)
@@ -478,6 +482,7 @@ async def test_a_database_that_was_not_migrated_is_named_as_such(empty_url: URL)
         assert len((await store.search("雨", mode="words", filters=GUILD)).hits) == 1
 
 
+@pytest.mark.role("superuser")
 @pytest.mark.parametrize("mode", ["words", "hybrid"])
 async def test_a_database_before_the_words_is_named_as_such(store: Store, mode: Any) -> None:
     async with store.begin() as tx:

@@ -41,6 +41,8 @@ from kotonoha_store.embedding_batch import (
     BACKOFF,
 )
 
+pytestmark = pytest.mark.role("worker")
+
 # What goes right
 
 

@@ -31,6 +31,8 @@ from kotonoha_store import (
     StoreUnavailableError,
 )
 
+pytestmark = pytest.mark.role("worker")
+
 LONG = timedelta(hours=1)
 
 
