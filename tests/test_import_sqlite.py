@@ -323,16 +323,20 @@ async def test_two_imports_at_once_write_each_session_once(
 async def test_what_does_not_arrive_as_it_was_read_is_told(database: Database, old: Callable[..., Path]) -> None:
     await query(
         database,
-        "CREATE FUNCTION shorten() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN IF NEW.session_key = 'b' THEN NEW.messages = NEW.messages - 1; END IF; RETURN NEW; END $$",
+        """CREATE FUNCTION spoil() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF NEW.session_key = 'changed' THEN NEW.messages = jsonb_set(NEW.messages, '{0,content}', '"x"'); END IF;
+        IF NEW.session_key = 'shortened' THEN NEW.messages = NEW.messages - 1; END IF;
+        RETURN NEW; END $$""",
     )
-    await query(database, "CREATE TRIGGER shorten BEFORE INSERT OR UPDATE ON sessions FOR EACH ROW "
-                          "EXECUTE FUNCTION shorten()")  # fmt: skip
+    spoil = "CREATE TRIGGER spoil BEFORE INSERT OR UPDATE ON sessions FOR EACH ROW EXECUTE FUNCTION spoil()"
+    await query(database, spoil)
 
-    report = await import_sqlite(database, old(row("a"), row("b")))
+    report = await import_sqlite(database, old(row("whole"), row("changed"), row("shortened")))
 
-    assert counted(report) == (2, 1, 0, 0, 1)
-    assert [each.where for each in report.rejections] == ["session b"]
+    assert counted(report) == (3, 1, 0, 0, 2)
+    reasons = {each.where: each.reason for each in report.rejections}
+    assert "does not stand in the database as it was read" in reasons["session changed"]
+    assert "changes in the database while it is imported" in reasons["session shortened"]
 
 
 async def test_what_the_server_refuses_is_set_aside_alone(database: Database, old: Callable[..., Path]) -> None:
@@ -474,12 +478,13 @@ async def test_a_file_of_rejects_never_spoils_another(
     notes.write_text("notes\n")
     notes.chmod(0o600)
     link = tmp_path / "link"
-    link.symlink_to(notes)
+    link.symlink_to(tmp_path / "elsewhere")
 
     for rejects in (notes, link, tmp_path, tmp_path / "no folder" / "r"):
         with pytest.raises(InvalidInputError, match=rejects.name):
             await import_sqlite(database, path, rejects=rejects)
     assert notes.read_text() == "notes\n"
+    assert not (tmp_path / "elsewhere").exists()
 
 
 async def test_rejects_that_others_could_read_are_refused_and_none_leave_no_file(
