@@ -456,7 +456,7 @@ async def _fill(
 
 async def _ensure_schema(connection: AsyncConnection, name: str) -> None:
     # IF NOT EXISTS would ask for the right to create one all the same.
-    found = await connection.execute(text("SELECT FROM pg_namespace WHERE nspname = :name"), {"name": name})
+    found = await connection.execute(text("SELECT oid FROM pg_namespace WHERE nspname = :name"), {"name": name})
     if found.one_or_none() is None:
         await connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {_quoted(name)}")
 
