@@ -181,7 +181,7 @@ async def test_a_dry_run_tells_all_of_it_and_writes_nothing(store: Store, folder
 async def test_pruning_deletes_what_lost_its_file_and_nothing_else(store: Store, folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    for paths, scope in (([folder], SCOPE), ([other], SCOPE), ([folder], Scope(guild_id=9))):
+    for paths, scope in (([folder], SCOPE), ([other], SCOPE), ([folder], Scope(guild_id=9, channel_id=2))):
         await import_files(store, paths, scope=scope)
     await store.add_document("by hand", "not from a file", uri="docs/sjis.txt.bak", guild_id=1, channel_id=2)
     (folder / "sjis.txt").unlink()

@@ -19,11 +19,11 @@ def read_bytes(folder: Path, name: str, content: bytes, **options: object) -> Do
 
 
 def test_each_page_of_a_pdf_is_a_part_with_its_number() -> None:
-    document = read_pdf(pdf(("Rain in June",), (), ("北海道には梅雨がないと言われて", "いる。"), title="梅雨の報告"))
+    document = read_pdf(pdf(("Rain in June",), (), ("梅雨の章", "北海道には梅雨がないと言われて", "いる。"), title="梅雨の報告"))
     assert [(part.page, part.anchor, part.start) for part in document.parts] == [(1, "page=1", 0), (3, "page=3", 0)]
     assert document.parts[0].text == "Rain in June"
-    # A line that is full goes on in the next, within a word perhaps.
-    assert document.parts[1].text == "北海道には梅雨がないと言われている。"
+    # A line that is full goes on in the next, within a word perhaps; a heading does not.
+    assert document.parts[1].text == f"梅雨の章\n{JAPANESE}"
     assert document.title == "梅雨の報告"
     assert document.occurred_at == "2000-01-01T00:00:00+00:00"
     assert document.metadata["pages"] == 3
@@ -242,7 +242,7 @@ async def test_a_parser_that_hangs_or_crashes_costs_its_file_only(
             "    if 'crashing' in path: os.abort()\n"
             "    if 'greedy' in path: bytearray(2**33)\n"
             "    if 'telling' in path: raise OSError(0, str('DATABASE_URL' in os.environ))\n"
-            "    print('noise')\n"
+            "    print('noise', flush=True)\n"
             "    return real(path, **options)\n"
             "readers.read = read\n"
             "serve(int",
