@@ -19,7 +19,9 @@ def read_bytes(folder: Path, name: str, content: bytes, **options: object) -> Do
 
 
 def test_each_page_of_a_pdf_is_a_part_with_its_number() -> None:
-    document = read_pdf(pdf(("Rain in June",), (), ("梅雨の章", "北海道には梅雨がないと言われて", "いる。"), title="梅雨の報告"))
+    document = read_pdf(
+        pdf(("Rain in June",), (), ("梅雨の章", "北海道には梅雨がないと言われて", "いる。"), title="梅雨の報告")
+    )
     assert [(part.page, part.anchor, part.start) for part in document.parts] == [(1, "page=1", 0), (3, "page=3", 0)]
     assert document.parts[0].text == "Rain in June"
     # A line that is full goes on in the next, within a word perhaps; a heading does not.
