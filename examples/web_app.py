@@ -8,7 +8,7 @@
     curl 'localhost:8000/search?query=rainy+season&user_id=1'
     curl localhost:8000/health
 
-A message is found once its session is archived, by meaning once it is embedded: run examples/worker.py beside this,
+A message is found once its session is archived, by meaning once it is embedded: run `kotonoha-store worker` beside this,
 with KB_ARCHIVE_THRESHOLD_HOURS=0 for the impatient. Whoever reaches it may read and write everything: put your own
 authentication in front.
 """

@@ -4,8 +4,11 @@ import asyncio
 import json
 import os
 import re
+import shlex
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,12 +53,12 @@ CONVERSATION = {
 }
 
 
-def run(url: URL | None, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(url: URL | None, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     if url is not None:
         environment["DATABASE_URL"] = url.render_as_string(hide_password=False)
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "COLUMNS": "160", "PYTHONWARNINGS": "error", **environment},
         capture_output=True,
         text=True,
@@ -173,43 +176,57 @@ def test_readme_code_runs(empty_url: URL, tmp_path: Path) -> None:
     assert any("Biscuit" in line for line in lines)
 
 
-def end_of(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Ask a running worker to end, once it has begun."""
-    assert process.stderr is not None
-    said = ""
-    while "service_started" not in said:
-        line = process.stderr.readline()
-        assert line, said
-        said += line
-    process.terminate()
-    out, rest = process.communicate(timeout=30)
-    return process.returncode, out, said + rest
-
-
-@pytest.mark.parametrize("which", ["README", "example"])
-def test_a_worker_process_runs_until_it_is_told_to_end(migrated_url: URL, tmp_path: Path, which: str) -> None:
-    script = ROOT / "examples" / "worker.py"
-    if which == "README":
-        script = tmp_path / "worker.py"
-        script.write_text(f"import logging\nlogging.basicConfig(level='INFO')\n{readme_blocks()[1]}", encoding="utf-8")
+def test_a_worker_process_runs_until_it_is_told_to_end(migrated_url: URL, tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(f"import logging\nlogging.basicConfig(level='INFO')\n{readme_blocks()[1]}", encoding="utf-8")
     environment = {**os.environ, "DATABASE_URL": migrated_url.render_as_string(hide_password=False)}
     environment |= {"KB_EMBEDDER": "hashing", "PYTHONWARNINGS": "error"}
-    command = [sys.executable, str(script)]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(script)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
-        status, _, said = end_of(process)
-    assert status == 0, said
+        assert process.stderr is not None
+        said = ""
+        while "service_started" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        process.terminate()
+        said += process.communicate(timeout=30)[1]
+    assert process.returncode == 0, said
     assert "service_ended" in said
     assert "Traceback" not in said
 
 
-def test_the_worker_example_says_in_a_line_what_is_wrong(empty_url: URL) -> None:
-    done = run(empty_url, "examples/worker.py", KB_EMBEDDER="hashing")
-    assert done.returncode == 1
-    assert "alembic upgrade head" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "no embedder is configured" in run(empty_url, "examples/worker.py").stderr
+def test_readme_goes_from_an_old_bots_file_to_an_answer(empty_url: URL, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "sessions.db")) as old:
+        old.execute(
+            "CREATE TABLE sessions (session_key TEXT PRIMARY KEY, session_type TEXT, messages TEXT, created_at TEXT,"
+            " last_active_at TEXT, channel_id INTEGER, thread_id INTEGER, user_id INTEGER)"
+        )
+        said = [
+            {"role": "user", "content": "梅雨はどんな季節？", "timestamp": "2025-06-01T09:00:00"},
+            {
+                "role": "assistant",
+                "content": "雨の多い季節です。五月から七月にかけて降ります。",
+                "timestamp": "2025-06-01T09:00:05",
+            },
+        ]
+        old.execute(
+            "INSERT INTO sessions VALUES ('channel:2', 'channel', ?, ?, ?, 2, NULL, NULL)",
+            (json.dumps(said, ensure_ascii=False), "2025-06-01T09:00:00", "2025-06-01T09:00:05"),
+        )
+        old.commit()
+    (block,) = re.findall(r"<!-- commands -->\n```sh\n(.*?)```", README, re.DOTALL)
+    commands = block.splitlines()
+    assert len(commands) < 10
+    outputs = []
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        assert name == "kotonoha-store"
+        done = run(empty_url, "-m", "kotonoha_store.cli", *arguments, cwd=tmp_path, KB_EMBEDDER="hashing")
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert "雨の多い季節です。" in outputs[-2]
 
 
 async def test_readme_searches_run(store: Store) -> None:
