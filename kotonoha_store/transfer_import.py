@@ -186,6 +186,8 @@ class _Import:
                 )
         async with self._database.begin() as session:
             with translated_errors():
+                # The first statement begins the transaction that the driver's own take part in.
+                await session.execute(text("SELECT 1"))
                 await ensure_codecs(session)
                 await write(session, await driver_connection(session), batch)
 

@@ -275,6 +275,28 @@ async def test_a_stopped_import_goes_on(
         assert await everything(other) == before
 
 
+async def test_a_source_is_there_with_all_of_its_chunks_or_not_at_all(
+    store: Store, other_url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(store)
+    before = await everything(store.database)
+    await export_jsonl(store.database, tmp_path / "all.jsonl")
+
+    async def die(*_: Any) -> None:
+        raise KeyError("died")
+
+    async with opened(other_url) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr("kotonoha_store.transfer_import.write_terms", die)
+            with pytest.raises(KeyError):
+                await import_jsonl(other, tmp_path / "all.jsonl")
+        half = await everything(other)
+        assert half["sessions"] == before["sessions"]
+        assert not any(half[table] for table in ("knowledge_sources", "knowledge_chunks", "embedding_jobs"))
+        await import_jsonl(other, tmp_path / "all.jsonl")
+        assert await everything(other) == before
+
+
 async def test_what_cannot_be_stored_is_set_aside_with_its_source_and_a_reason(
     store: Store, other_url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
