@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     db_command_timeout: Seconds = 60.0
     db_connect_timeout: Seconds = 10.0
     db_connect_attempts: Count = 5
-    # Whether a pooler in transaction mode stands between: auto tells by the URL (Neon's -pooler, Supabase's port 6543).
+    # Whether a pooler in transaction mode stands between: auto tells by the URL (-pooler, ports 6432, 6543).
     db_pooler: Literal["auto", "none", "transaction"] = "auto"
 
     # How long a search that must see a write waits for the replica to have it, before the primary answers.
