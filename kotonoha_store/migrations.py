@@ -83,12 +83,17 @@ def head() -> str:
 async def upgrade(database: Database, revision: str = "head") -> None:
     """Bring the database to ``revision``. Safe to run again, and by several processes at once.
 
+    A database that is there already is left alone, without waiting for a lock: a bot that migrates at its start does
+    not wait for an index build.
+
     Raises:
         ExtensionMissingError: pgvector is not there and cannot be created; the message says what to do.
         ConfigurationError: the role may not change the schema, or the revision is unknown.
         StoreTimeoutError: another migration held the lock too long, or a table was locked.
         StoreUnavailableError: the database did not answer. Run it again: what was done stays done.
     """
+    if revision == "head" and await current(database) == head():
+        return
     await _change(database, lambda config: command.upgrade(config, revision))
 
 

@@ -108,6 +108,12 @@ async def test_another_migration_that_never_ends_gives_a_time_out(
             await migrations.upgrade(database)
 
 
+async def test_what_is_migrated_already_waits_for_nobody(migrated_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrations, "LOCK_WAIT_SECONDS", 0.2)
+    async with await Database.open(settings_for(migrated_url)) as database, migrations.locked(database):
+        await migrations.upgrade(database)
+
+
 async def test_a_cancelled_migration_leaves_no_lock(empty_url: URL) -> None:
     await seeded(empty_url)
     async with opened(empty_url) as database:
