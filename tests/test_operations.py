@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +42,14 @@ def blocks() -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.EmbeddedServer]:
-    directory = tmp_path_factory.mktemp("operations")
-    for each in (directory, *directory.parents[:2]):
-        each.chmod(0o755)
+def server() -> Iterator[embedded.EmbeddedServer]:
+    # Not below pytest's own folder: another run takes the server's right to pass through it.
+    directory = Path(tempfile.mkdtemp(prefix="kt"))
+    directory.chmod(0o755)
     server = embedded.start(directory / "pg", version=VERSION)
     yield server
     server.stop()
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")
