@@ -421,11 +421,6 @@ def plain(value: str, style: str = "") -> Text:
     return Text(printable(value), style=style)
 
 
-_UNPRINTABLE: Final = ("Cc", "Cf", "Cs")
-# Zero-width joiners hold emoji together.
-_KEPT: Final = "\n\t\u200d"
-
-
 def printable(value: str) -> str:
     """The text without control characters, formats that reorder lines, and lone surrogates; line ends stay."""
     return "".join(
