@@ -144,9 +144,10 @@ class Rejects:
 
 
 def name(value: object) -> str:
-    """A key or path for use in a report: short, printable, on one line."""
+    """A key or path for use in a report: printable, on one line; of a long one, how it begins and ends."""
     shown = ascii(value) if not isinstance(value, str) or not value.isprintable() else value
-    return shown if len(shown) <= _NAME_LENGTH else f"{shown[:_NAME_LENGTH]}..."
+    half = _NAME_LENGTH // 2
+    return shown if len(shown) <= _NAME_LENGTH else f"{shown[:half]}...{shown[-half:]}"
 
 
 def _open(path: Path) -> int:
