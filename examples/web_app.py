@@ -4,12 +4,15 @@
     python examples/web_app.py --port 8080
 
     curl -X POST localhost:8000/messages -H 'Content-Type: application/json' \\
-         -d '{"session_key": "web:1", "content": "Hokkaido has no rainy season.", "user_id": 1}'
+         -d '{"session_key": "web:1", "content": "Hokkaido and Ogasawara have no rainy season.", "user_id": 1}'
+    kotonoha-store archive --idle-hours 0
     curl 'localhost:8000/search?query=rainy+season&user_id=1'
     curl localhost:8000/health
 
-A message is found once its session is archived, by meaning once it is embedded: run `kotonoha-store worker` beside this,
-with KB_ARCHIVE_THRESHOLD_HOURS=0 for the impatient. Whoever reaches it may read and write everything: put your own
+A message is found by its words once its session is archived, by meaning once it is embedded: `kotonoha-store worker`
+beside this does both, an hour (KB_ARCHIVE_THRESHOLD_HOURS) after the last message.
+
+Whoever reaches it may read and write everything: put your own
 authentication in front.
 """
 

@@ -169,6 +169,20 @@ async def test_the_example_takes_messages_and_finds_them(settings: Settings) -> 
         assert (await client.get("/health")).status_code == 200
 
 
+async def test_the_examples_own_requests_find_what_was_said(settings: Settings) -> None:
+    module = example()
+    said = re.search(r"-d '(.*)'", str(module.__doc__))
+    asked = re.search(r"localhost:8000(/search\S*)'", str(module.__doc__))
+    assert said
+    assert asked
+    app = module.create_app(settings)
+    async with client_of(app) as client:
+        assert (await client.post("/messages", json=json.loads(said[1]))).status_code == 201
+        await app.state.store.archiver.run_once(idle_for=timedelta(0))
+        (hit,) = (await client.get(asked[1])).json()
+    assert "rainy season" in hit["content"]
+
+
 def test_the_example_runs_as_a_server_and_stops(empty_url: URL) -> None:
     environment = {
         **os.environ,
