@@ -14,13 +14,14 @@ from typing import Any
 
 import asyncpg
 import pytest
+import typer
 from command_line import commands, kotonoha
 from conftest import settings_for
 from rich.console import Console
 from sqlalchemy import URL
 
 from kotonoha_store import HashingEmbedder, Message, Store, cli, statistics
-from kotonoha_store.cli.app import progress, show, table
+from kotonoha_store.cli.app import app, progress, show, table
 from kotonoha_store.database import connect_arguments
 
 
@@ -159,8 +160,10 @@ def test_tables_align_japanese_and_lose_nothing_where_there_is_no_terminal(
     heading, first, second = capsys.readouterr().out.splitlines()
     assert "雨" * 200 in first
     # Each of these characters is two columns wide.
-    assert len(second.rstrip()) == len(first.rstrip()) + 200
-    assert heading.rstrip().endswith(" n")
+    assert len(second) == len(first) + 200
+    assert heading.endswith(" n")
+    show(None, False, table("n", "title", rows=[(1, "雨" * 200), (2, "rain")]))
+    assert capsys.readouterr().out.endswith("2  rain\n")
 
 
 def test_progress_is_drawn_on_a_terminal_only(
@@ -196,3 +199,17 @@ def test_a_librarys_warning_is_a_line_without_its_traceback(filled_url: URL, mon
 
     monkeypatch.setattr(statistics, "store_status", warning)
     assert kotonoha("status", url=filled_url).stderr.startswith("kotonoha-store: went wrong\nkotonoha-store: inter")
+
+
+def test_an_output_that_nobody_reads_any_more_ends_a_command_quietly(
+    filled_url: URL, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", filled_url.render_as_string(hide_password=False))
+    for arguments in (["export", "-"], ["status"], ["current", "--json"], ["server", "status"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as closed, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr("sys.stdout", closed)
+            typer.main.get_command(app).main(arguments)
+        assert ended.value.code == 141
+        assert capsys.readouterr().err == ""

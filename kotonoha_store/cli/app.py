@@ -29,6 +29,8 @@ import inspect
 import json
 import logging
 import os
+import re
+import select
 import signal
 import sys
 import traceback
@@ -76,13 +78,14 @@ UNAVAILABLE: Final = 4
 SCHEMA: Final = 5
 UNEXPECTED: Final = 70
 INTERRUPTED: Final = 130
+UNREAD: Final = 141
 TERMINATED: Final = 143
 
 _EPILOG: Final = (
     "Exit codes: 0 done; 1 findings, unhealthy, some records failed, or not confirmed; 2 wrong usage; "
     "3 configuration or input; 4 the database (or the embedding provider) cannot be reached or timed out; "
     "5 the schema is empty, outdated or newer than this version; 70 a defect of this program; 130 interrupted; "
-    "143 terminated.\n\n"
+    "141 whoever read the output stopped reading; 143 terminated.\n\n"
     "The database is that of DATABASE_URL or POSTGRES_HOST (also from a .env file), else an embedded one."
 )
 
@@ -103,6 +106,10 @@ R = TypeVar("R")
 
 class _Stopped(Exception):
     """A signal ended the command."""
+
+
+class _Unread(Exception):
+    """Who read the output has enough of it."""
 
 
 class RootGroup(TyperGroup):
@@ -132,11 +139,11 @@ class RootGroup(TyperGroup):
         try:
             code = super().main(given, "kotonoha-store", complete_var, False, windows_expand_args, **extra)
             sys.stdout.flush()
-        except BrokenPipeError:
-            # Who read the output has enough of it. Python would flush, and complain, once more at its end.
+        except (_Unread, BrokenPipeError):
+            # Python would flush, and complain, once more at its end.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = FINDINGS
+            code = UNREAD
         except Exception as error:  # noqa: BLE001  the last one to see it
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(str(error), err=True)
@@ -145,6 +152,30 @@ class RootGroup(TyperGroup):
                 traceback.print_exc()
             code = _report(error, as_json)
         sys.exit(code if isinstance(code, int) else DONE)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if _is_unread(error):
+                # Of a BrokenPipeError typer's main() would make exit code 1, which says something else here.
+                raise _Unread from error
+            raise
+
+
+def _is_unread(error: BaseException | None) -> bool:
+    """Whether it comes of an output that nobody reads any more, as in ``export - | head``."""
+    while error is not None and not isinstance(error, BrokenPipeError):
+        error = error.__cause__
+    if error is None:
+        return False
+    # A connection to the database may be such a pipe as well.
+    try:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        return bool(output.poll(0))
+    except (OSError, ValueError):
+        return False
 
 
 class _LastResort(logging.Handler):
@@ -360,10 +391,17 @@ def show(result: object, as_json: bool, *people: RenderableType) -> None:
         ascii_only = (sys.stdout.encoding or "ascii").replace("-", "").lower() != "utf8"
         print(json.dumps(value, ensure_ascii=ascii_only, indent=2 if sys.stdout.isatty() else None, allow_nan=False))
         return
-    # Into a file or a pipe nothing is cut to a terminal's width.
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
-    for each in people:
-        console.print(each)
+    if sys.stdout.isatty():
+        console = Console(highlight=False, markup=False)
+        for each in people:
+            console.print(each)
+        return
+    # Into a file or a pipe nothing is cut to a terminal's width, nor padded to the widest line.
+    console = Console(width=10_000, highlight=False, markup=False, force_terminal=False)
+    with console.capture() as capture:
+        for each in people:
+            console.print(each)
+    sys.stdout.write(re.sub(r" +$", "", capture.get(), flags=re.MULTILINE))
 
 
 def table(*columns: str, rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
