@@ -8,7 +8,7 @@ Lock order everywhere: source, chunk, job, sources in the order of their ids.
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any, Final
@@ -17,12 +17,13 @@ from uuid import uuid4
 from numpy.typing import NDArray
 
 from kotonoha_store import dead_letters, queue_statements
+from kotonoha_store.checks import check_text
 from kotonoha_store.columns import VectorLike, pack_vectors
 from kotonoha_store.database import Database, translated
 from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError, StoreUnavailableError
 from kotonoha_store.metrics import DEAD_LETTERS, OLDEST_JOB_SECONDS, PAUSED_PROVIDERS, PENDING_CHUNKS
 from kotonoha_store.prepared import Prepared
-from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, ProviderPause, QueueDepth
+from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, Progress, ProviderPause, QueueDepth
 from kotonoha_store.wakeup import JOBS_CHANNEL, Listener
 
 ERROR_MESSAGES: Final[dict[ErrorCode, str]] = {
@@ -44,6 +45,21 @@ OUTAGE_FAILURES: Final = 3
 
 FRONT_INTERVAL: Final = 1.0
 """How often, in seconds, claims begin at the front of the queue."""
+
+_REQUEUE_BATCH: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """What :meth:`EmbeddingQueue.requeue_embedded` did, or with a dry run would do.
+
+    Attributes:
+        queued: chunks that were queued again.
+        waiting: chunks that were in the queue already.
+    """
+
+    queued: int = 0
+    waiting: int = 0
 
 
 class EmbeddingQueue:
@@ -264,7 +280,7 @@ class EmbeddingQueue:
         """Record a failed attempt: try again after ``retry_in``, or bury what has used up its attempts.
 
         Returns:
-            The chunks that became dead letters.
+            The chunks that are tried no more; see :meth:`bury`.
 
         Raises:
             LeaseLostError: some jobs belong to another worker now; the others were recorded.
@@ -291,6 +307,9 @@ class EmbeddingQueue:
         self, lease: Lease, chunk_ids: Sequence[int], error_code: ErrorCode, *, model: str | None = None
     ) -> None:
         """Move chunks to the dead letters, with all that is needed to queue them again.
+
+        One that has a vector, which another model was to replace, keeps it instead, and stays where searches find it;
+        :meth:`requeue_embedded` queues it again.
 
         Raises:
             LeaseLostError: some jobs belong to another worker now; the others were moved.
@@ -347,6 +366,49 @@ class EmbeddingQueue:
         selection = dead_letters.Selection(dead_letter_ids, source_id, error_code)
         async with self._database.transaction() as connection:
             return await dead_letters.requeue(connection, selection)
+
+    @translated
+    async def requeue_embedded(
+        self,
+        model: str,
+        *,
+        everything: bool = False,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> Requeued:
+        """Queue chunks again whose vector another model made, so that workers embed them with this one.
+
+        Each keeps its vector until it has the new one: searches with the old model find it until then, those with
+        the new one from then on. By batches: when it is stopped or fails, run it again. Several may run at once.
+
+        Args:
+            model: as :attr:`Embedder.model` says it.
+            everything: those with a vector of this model, too; run again, that makes all of them once more.
+            dry_run: only count.
+            progress: called with chunks.
+
+        Raises:
+            InvalidInputError: ``model`` is empty or cannot be stored.
+        """
+        check_text(model, "model")
+        if not model:
+            raise InvalidInputError("model must not be empty")
+        which: dict[str, Any] = {} if everything else {"model": model}
+        (count,) = await self._fetch(queue_statements.count_outdated(everything=everything), **which)
+        if dry_run:
+            return Requeued(count["chunks"] - count["waiting"], count["waiting"])
+        page = queue_statements.outdated(_REQUEUE_BATCH, everything=everything)
+        queue_again = queue_statements.queue_again(everything=everything)
+        after = done = queued = 0
+        progress = progress or (lambda _done, _total: None)
+        progress(0, count["chunks"])
+        while rows := await self._fetch(page, after=after, **which):
+            async with self._transaction() as driver:
+                await lock_sources(driver, sorted({row["source_id"] for row in rows}))
+                queued += len(await _ids(driver, queue_again, ids=[row["id"] for row in rows], **which))
+            after, done = rows[-1]["id"], done + len(rows)
+            progress(done, max(done, count["chunks"]))
+        return Requeued(queued, done - queued)
 
     @translated
     async def discard(
@@ -515,6 +577,8 @@ class EmbeddingQueue:
         cause: ErrorCode,
         model: str | None,
     ) -> set[int]:
+        # Of what is to be embedded again nothing is lost because the new model refuses it.
+        spared = await _ids(driver, queue_statements.spare(), ids=list(chunk_ids), token=lease.token)
         said: Mapping[str, Any] = {"code": code, "message": ERROR_MESSAGES[cause]}
         buried = await _run(
             driver,
@@ -529,7 +593,7 @@ class EmbeddingQueue:
             sources = sorted({row["source_id"] for row in buried})
             await _run(driver, queue_statements.blame(), ids=sources, **said)
             await recompute_status(driver, sources)
-        return {row["original_chunk_id"] for row in buried}
+        return spared | {row["original_chunk_id"] for row in buried}
 
 
 def _sources(lease: Lease, chunk_ids: Sequence[int]) -> list[int]:

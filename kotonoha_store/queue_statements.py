@@ -217,6 +217,8 @@ def _twin(*columns: Any) -> Any:
             func.hashtextextended(twin.c.embedding_model, _ZERO) == func.hashtextextended(_MODEL, _ZERO),
             twin.c.embedding_model == _MODEL,
             twin.c.embedding.is_not(None),
+            # Nor its own vector, nor another that is to be made again.
+            ~exists().where(EmbeddingJob.chunk_id == twin.c.id),
         )
         .limit(literal_column("1"))
         .lateral("known")
@@ -251,6 +253,53 @@ def copy_known() -> Prepared:
         .cte("written")
     )
     return prepare(delete(job).where(job.chunk_id == written.c.id).returning(job.chunk_id))
+
+
+def _is_outdated(*, everything: bool) -> ColumnElement[bool]:
+    """Chunks that have a vector: of another model, or any."""
+    has_vector = KnowledgeChunk.embedding.is_not(None)
+    return has_vector if everything else and_(has_vector, KnowledgeChunk.embedding_model != _MODEL)
+
+
+@cache
+def outdated(limit: int, *, everything: bool) -> Prepared:
+    """Chunks to embed again, after one, in the order of their ids. Parameters: after, model unless ``everything``."""
+    chunk = KnowledgeChunk
+    return prepare(
+        select(chunk.id, chunk.source_id)
+        .where(chunk.id > bindparam("after", type_=BigInteger()), _is_outdated(everything=everything))
+        .order_by(chunk.id)
+        .limit(literal_column(str(limit)))
+    )
+
+
+@cache
+def count_outdated(*, everything: bool) -> Prepared:
+    """How many these are, and how many of them wait already. Parameters: model unless ``everything``."""
+    job = EmbeddingJob
+    return prepare(
+        select(func.count().label("chunks"), func.count(job.chunk_id).label("waiting"))
+        .select_from(KnowledgeChunk)
+        .outerjoin(job, job.chunk_id == KnowledgeChunk.id)
+        .where(_is_outdated(everything=everything))
+    )
+
+
+@cache
+def queue_again(*, everything: bool) -> Prepared:
+    """Queue those of these chunks that are still to be embedded again. Parameters: ids, model unless ``everything``."""
+    job, chunk = EmbeddingJob, KnowledgeChunk
+    rows = select(chunk.id).where(chunk.id == func.any(_IDS), _is_outdated(everything=everything)).order_by(chunk.id)
+    return prepare(
+        postgresql.insert(job).from_select(["chunk_id"], rows).on_conflict_do_nothing().returning(job.chunk_id)
+    )
+
+
+@cache
+def spare() -> Prepared:
+    """End the jobs of chunks that have a vector. Parameters: ids, token."""
+    has_vector = exists().where(KnowledgeChunk.id == EmbeddingJob.chunk_id, KnowledgeChunk.embedding.is_not(None))
+    return prepare(delete(EmbeddingJob).where(_is_ours(), has_vector).returning(EmbeddingJob.chunk_id))
 
 
 @cache

@@ -48,6 +48,7 @@ COMMANDS = {
     "recall-check": Case(),
     "archive": Case(),
     "embed": Case(),
+    "reembed": Case(),
     "worker": Case(),
     "status": Case(),
     "stats": Case("--refresh"),

@@ -12,6 +12,7 @@ _MODULES: Final[tuple[str, ...]] = (
     "schema",
     "searching",
     "working",
+    "reembed",
     "status",
     "configuration",
     "dead_letters",
