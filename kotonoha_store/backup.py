@@ -162,6 +162,7 @@ async def restore(
     check_text(target, "the name of the database")
     if not target or len(target.encode()) > 63:
         raise InvalidInputError("the name of the database must have 1 to 63 bytes")
+    await _refuse_another_server(database)
     created = await _prepare(database, target, manifest, replace=replace)
     state = await _fill(database, target, file, manifest, jobs=jobs, progress=progress)
     return Restored(target, created, manifest, state)
@@ -346,6 +347,15 @@ def _sync_directory(directory: Path) -> None:
 
 def _at(database: Database, name: str) -> Database:
     return Database(database.direct_url.set(database=name), database.settings, patient=True, direct=True)
+
+
+async def _refuse_another_server(database: Database) -> None:
+    try:
+        await database.check_direct_url()
+    except StoreError as error:
+        # What is to be restored may not be there yet; a pooler says so in its own way.
+        if sqlstate_of(error) != "3D000" and "does not exist" not in str(error):
+            raise
 
 
 async def _maintenance(database: Database, target: str) -> Database:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -24,7 +25,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 from kotonoha_store import embedded, metrics
 from kotonoha_store.checks import check_json
 from kotonoha_store.columns import pack_vector, unpack_vector
-from kotonoha_store.endpoints import connect_arguments, database_url, direct_url, is_pooled, parse_url
+from kotonoha_store.endpoints import connect_arguments, database_url, direct_url, is_pooled, parse_url, same_database
 from kotonoha_store.errors import (
     ConfigurationError,
     InvalidInputError,
@@ -95,6 +96,7 @@ class Database:
         server: embedded.EmbeddedServer | None = None,
         patient: bool = False,
         direct: bool = False,
+        compared_with: "Database | None" = None,
         pool_timeout: float = 30.0,
     ) -> None:
         """
@@ -102,11 +104,15 @@ class Database:
             server: the embedded server that ``url`` points to, stopped by :meth:`close`.
             patient: statements may take as long as they take (building an index).
             direct: ``url`` leads to the server itself, whatever DB_POOLER says.
+            compared_with: the first connection sees that it leads to the same database as this one's.
             pool_timeout: seconds to wait for another task's connection when DB_POOL_MAX_SIZE are in use.
         """
         self.settings = settings
         self._url = url
         self._direct = direct
+        self._compared_with = compared_with
+        is_own = server is not None or settings.uses_embedded_server
+        self._names_direct_url = direct and settings.database_direct_url is not None and not is_own
         self.is_pooled: Final = not direct and is_pooled(url, settings)
         """Whether each transaction has another connection to the server: see DB_POOLER."""
         self._arguments = connect_arguments(
@@ -171,7 +177,22 @@ class Database:
         Raises:
             ConfigurationError: see :attr:`direct_url`.
         """
-        return Database(self.direct_url, self.settings, patient=True, direct=True)
+        other = None if self._direct or self.settings.database_direct_url is None else self
+        with _naming_direct_url(other is not None):
+            return Database(self.direct_url, self.settings, patient=True, direct=True, compared_with=other)
+
+    async def check_direct_url(self) -> None:
+        """See that DATABASE_DIRECT_URL, where it is set, leads to the same database as DATABASE_URL.
+
+        :meth:`patient` does so by itself.
+
+        Raises:
+            ConfigurationError: it does not, or its server refuses it.
+            StoreUnavailableError: one of the two did not answer.
+        """
+        if not self._direct and self.settings.database_direct_url is not None:
+            async with self.patient() as direct:
+                await direct.ping()
 
     async def __aenter__(self) -> Self:
         return self
@@ -188,6 +209,32 @@ class Database:
             await asyncio.to_thread(server.stop)
 
     async def _connect(self) -> Any:
+        with _naming_direct_url(self._names_direct_url):
+            connection = await self._connect_again()
+        if self._compared_with is not None:
+            try:
+                await self._compare(connection, self._compared_with)
+            except BaseException:
+                connection.terminate()
+                raise
+            self._compared_with = None
+        return connection
+
+    @staticmethod
+    async def _compare(connection: Any, with_: "Database") -> None:
+        # Apart from its pool, all of which may be in use by whoever waits for this one.
+        other = await with_._connect_once(with_._arguments)
+        try:
+            is_same = await same_database(connection, other)
+        finally:
+            other.terminate()
+        if not is_same:
+            raise ConfigurationError(
+                "DATABASE_DIRECT_URL leads to another database than DATABASE_URL (or POSTGRES_HOST); correct it: "
+                "the same database of the same server, past the pooler"
+            )
+
+    async def _connect_again(self) -> Any:
         # Connecting is safe to repeat; statements are not, and are never retried here.
         async for attempt in stamina.retry_context(
             on=_is_retriable,
@@ -219,10 +266,11 @@ class Database:
             StoreError: this database was closed, or can never be reached so.
         """
         self._refuse_if_closed()
-        arguments = connect_arguments(
-            self.direct_url, self.settings, command_timeout=self.settings.db_command_timeout, pooled=False
-        )
-        with translated_errors():
+        is_named = not self._direct and self.settings.database_direct_url is not None
+        with _naming_direct_url(is_named or self._names_direct_url), translated_errors():
+            arguments = connect_arguments(
+                self.direct_url, self.settings, command_timeout=self.settings.db_command_timeout, pooled=False
+            )
             return await self._connect_once(arguments)
 
     @asynccontextmanager
@@ -297,6 +345,22 @@ class Database:
         async with self.connect() as connection:
             with translated_errors():
                 await connection.exec_driver_sql("SELECT 1")
+
+
+@contextmanager
+def _naming_direct_url(is_named: bool) -> Iterator[None]:
+    """Let errors of connecting by DATABASE_DIRECT_URL say so."""
+    if not is_named:
+        yield
+        return
+    try:
+        with translated_errors():
+            yield
+    except StoreError as error:
+        message = re.sub(r"\bDATABASE_URL\b( or POSTGRES_\w+)?", "DATABASE_DIRECT_URL", str(error))
+        if "DATABASE_DIRECT_URL" not in message:
+            message = f"DATABASE_DIRECT_URL: {message}"
+        raise type(error)(message) from error.__cause__
 
 
 @asynccontextmanager

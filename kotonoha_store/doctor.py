@@ -32,6 +32,7 @@ _SERVER: Final[tuple[Check, ...]] = (
     server.defaults,
     server.connections,
     server.pooler,
+    server.direct_url,
     server.role,
 )
 _TABLES: Final[tuple[Check, ...]] = (

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from kotonoha_store import endpoints
 from kotonoha_store.doctor_findings import Case, Finding, error, info, ok, warning
-from kotonoha_store.errors import ConfigurationError
+from kotonoha_store.errors import ConfigurationError, StoreError
 from kotonoha_store.roles import OUR_TABLES, Role, privileges_on
 
 _SUPPORTED: Final = (16, 18)
@@ -258,6 +258,20 @@ async def pooler(case: Case) -> list[Finding]:
     return [ok(code, "a pooler in transaction mode, and a way past it")]
 
 
+async def direct_url(case: Case) -> list[Finding]:
+    """What goes past the pooler goes to the same database."""
+    code = "direct-url"
+    if case.settings.database_direct_url is None or case.settings.uses_embedded_server:
+        return []
+    try:
+        await case.database.check_direct_url()
+    except StoreError as failure:
+        seen, _, mend = str(failure).partition("; ")
+        use = "migrations, index builds, backups and LISTEN go there"
+        return [error(code, f"{seen}: {use}", mend or "correct DATABASE_DIRECT_URL")]
+    return [ok(code, "DATABASE_DIRECT_URL leads to the same database")]
+
+
 async def role(case: Case) -> list[Finding]:
     """The role is neither superuser nor above row-level security."""
     row = await case.driver.fetchrow("SELECT rolsuper, rolbypassrls FROM pg_roles WHERE rolname = current_user")
@@ -265,7 +279,7 @@ async def role(case: Case) -> list[Finding]:
     if row["rolsuper"]:
         seen = "this role is a superuser: a fault of the application could reach the whole server"
         if case.settings.uses_embedded_server:
-            return [info("role-superuser", f"{seen}; of the embedded server that is this user's own")]
+            return [info("role-superuser", "this role is a superuser; the embedded server is this user's own anyway")]
         return [warning("role-superuser", seen, mend)]
     if row["rolbypassrls"]:
         return [warning("role-bypassrls", "this role passes row-level security by (BYPASSRLS)", mend)]

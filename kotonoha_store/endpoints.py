@@ -216,6 +216,13 @@ def connect_arguments(
     return arguments
 
 
+async def same_database(first: Any, second: Any) -> bool:
+    """Whether two of the driver's connections lead to the same database of the same running server."""
+    # A copy of a server has its system identifier and its oids; no two started in the same microsecond.
+    query = "SELECT pg_postmaster_start_time(), oid, datname FROM pg_database WHERE datname = current_database()"
+    return bool(await first.fetchrow(query) == await second.fetchrow(query))
+
+
 class _PooledConnection(asyncpg.Connection):  # type: ignore[misc]  # untyped there
     """Looks types up in a transaction that is rolled back: asyncpg turns ``jit`` off for its session meanwhile.
 

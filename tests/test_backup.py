@@ -333,6 +333,18 @@ async def test_sums_are_the_same_on_every_version_and_no_dump_goes_back(
         server.stop()
 
 
+async def test_neither_backup_nor_restore_goes_to_another_database(
+    source: URL, empty_url: URL, made: Path, tmp_path: Path
+) -> None:
+    """--replace would drop that one."""
+    wrong = empty_url.render_as_string(hide_password=False)
+    async with Database(source, settings_for(source, database_direct_url=wrong)) as database:
+        for work in (backup.backup(database, tmp_path / "x"), backup.restore(database, made, replace=True)):
+            with pytest.raises(ConfigurationError, match="DATABASE_DIRECT_URL leads to another database"):
+                await work
+    assert not any(os.scandir(tmp_path))
+
+
 def test_an_old_pg_dump_is_no_help_and_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "found", lambda: [programs.Programs("15.1", 15, Path("/nowhere"))])
     with pytest.raises(ConfigurationError, match=r"\(found 15\); install the package postgresql-client-18"):

@@ -14,6 +14,7 @@ from sqlalchemy import URL
 from typer.testing import CliRunner
 
 from kotonoha_store import (
+    ConfigurationError,
     Database,
     ErrorCode,
     HashingEmbedder,
@@ -22,6 +23,7 @@ from kotonoha_store import (
     StoreUnavailableError,
     doctor_tables,
     index_builds,
+    migrations,
     roles,
 )
 from kotonoha_store.cli.commands import app
@@ -307,6 +309,26 @@ async def test_poolers_that_are_known_and_unknown(shared: URL) -> None:
     assert await bad(shared, db_pooler="transaction", database_direct_url=direct) == {}
     url = shared.update_query_dict({"pgbouncer": "true"})
     assert "DB_POOLER=auto" in str((await bad(url, db_pooler="none"))["pooler"].mend)
+
+
+async def test_a_direct_url_to_another_database_is_found_and_nothing_goes_there(
+    shared: URL, empty_url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = empty_url.render_as_string(hide_password=False)
+    found = await bad(shared, database_direct_url=wrong)
+    assert found["direct-url"].severity is Severity.ERROR
+    async with Database(shared, settings_for(shared, database_direct_url=wrong)) as database:
+        for work in (migrations.downgrade(database, "0003"), index_builds.reindex(database)):
+            with pytest.raises(ConfigurationError, match="DATABASE_DIRECT_URL leads to another database"):
+                await work
+    monkeypatch.setenv("DATABASE_URL", shared.render_as_string(hide_password=False))
+    monkeypatch.setenv("DATABASE_DIRECT_URL", wrong)
+    checked = await asyncio.to_thread(CliRunner().invoke, app, ["check"])
+    assert (checked.exit_code, "DATABASE_DIRECT_URL leads to another" in checked.stderr) == (3, True)
+
+    nowhere = empty_url.set(database="nowhere").render_as_string(hide_password=False)
+    seen = (await bad(shared, database_direct_url=nowhere))["direct-url"].seen
+    assert "DATABASE_DIRECT_URL: the database does not exist" in seen
 
 
 async def test_pages_that_a_crash_would_tear(shared: URL) -> None:

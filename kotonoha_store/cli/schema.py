@@ -38,6 +38,7 @@ async def check(as_json: AsJson = False) -> None:
     async with open_database(check=False) as database:
         report = await connection_report(database)
         state = await migrations.state(database)
+        await database.check_direct_url()
     by = origin_of_address(Settings())
     server = f"PostgreSQL {report.server}{' (a read-only replica)' if report.is_replica else ''}"
     where = f"{report.host or 'a socket'}, {f'port {report.port}, ' if report.port else ''}{report.tls or 'no TLS'}"
