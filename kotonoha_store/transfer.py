@@ -12,6 +12,7 @@ import base64
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -66,6 +67,8 @@ SEQUENCES: Final = ("session", "source", "chunk", "dead_letter")
 # Rows that are held at once: archived messages may be megabytes each.
 _PAGE: Final = 100
 _PREFETCH: Final = 20
+# Each cursor has a name of its own: the driver remembers what a FETCH returns.
+_numbers: Final = itertools.count(1)
 _BUFFER_BYTES: Final = 2**20
 _GZIP_LEVEL: Final = 5
 
@@ -271,8 +274,13 @@ async def _sources(driver: Any, source: "_Encoder", letter: "_Encoder", ids: Seq
 
 
 async def _rows(driver: Any, sql: str, *arguments: Any) -> AsyncIterator[Any]:
-    async for row in driver.cursor(sql, *arguments, prefetch=_PREFETCH):
-        yield row
+    # A cursor of the transaction: the driver's own leaves a named statement on a pooler's connection.
+    name = f"kotonoha_export_{next(_numbers)}"
+    await driver.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {sql}", *arguments)
+    while rows := await driver.fetch(f"FETCH {_PREFETCH} FROM {name}"):
+        for row in rows:
+            yield row
+    await driver.execute(f"CLOSE {name}")
 
 
 class _Stream:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from kotonoha_store import (
     migrations,
 )
 from kotonoha_store.database import translated_errors
+from kotonoha_store.transfer import export_jsonl
 from kotonoha_store.wakeup import JOBS_CHANNEL, Listener
 
 POOL_SIZE = 3
@@ -51,7 +53,7 @@ def text_of(url: URL) -> str:
 
 
 async def test_clients_that_share_connections_get_their_own_answers_and_leave_nothing_behind(
-    pooler: PgBouncer, migrated_url: URL
+    pooler: PgBouncer, migrated_url: URL, tmp_path: Path
 ) -> None:
     url = pooler.url(migrated_url.database)
     settings = settings_for(url, db_pool_max_size=12, kb_min_session_length=1, kb_archive_overlap_messages=0)
@@ -84,6 +86,9 @@ async def test_clients_that_share_connections_get_their_own_answers_and_leave_no
         found_titles = [{hit.title for hit in result.hits} for result in await asyncio.gather(*searches)]
         assert all(f"document {number}" in titles for number, titles in enumerate(found_titles))
         assert not any(f"document {number + 1}" in titles for number, titles in enumerate(found_titles))
+
+        for _ in range(POOL_SIZE):
+            await export_jsonl(store.database, tmp_path / "all.jsonl", overwrite=True)
 
         # Every connection of the pooler's, by holding them all at once.
         async with AsyncExitStack() as held:
