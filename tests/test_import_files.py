@@ -205,6 +205,22 @@ async def test_pruning_deletes_what_lost_its_file_and_nothing_else(store: Store,
     assert (await find(store, "紫陽花", guild_id=9)).url == "docs/sjis.txt"
 
 
+async def test_a_folder_never_prunes_what_was_imported_from_another_of_its_name(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "b" / "docs"
+    other.mkdir(parents=True)
+    (other / "only.txt").write_text("text")
+    with pytest.raises(InvalidInputError, match="the same name"):
+        await import_files(store, [folder, other], scope=SCOPE, prune=True)
+    assert not await stored(store)
+    await import_files(store, [folder], scope=SCOPE)
+    report = await import_files(store, [other], scope=SCOPE, prune=True)
+    assert report.details["pruned"] == 0
+    assert "4 documents without a file here" in report.notes[0]
+    assert len(await stored(store)) == 5
+
+
 async def test_a_folder_that_may_not_be_mounted_is_not_pruned(store: Store, folder: Path, tmp_path: Path) -> None:
     await import_files(store, [folder], scope=SCOPE)
     for path in list(folder.iterdir()):  # noqa: ASYNC240

@@ -55,12 +55,14 @@ class FoundFile:
         where: what it is called in the report.
         prefix: the folder's name or the base URL, up to and with its last slash.
         relative: its path below that, as in an address; with the prefix in front its URI.
+        root: what ``relative`` is relative to.
     """
 
     path: str
     where: str
     prefix: str
     relative: str
+    root: str
 
     @property
     def uri(self) -> str:
@@ -127,7 +129,7 @@ def find_files(
             if path not in seen:
                 seen.add(path)
                 where = os.path.join(given, os.path.relpath(path, absolute)) if is_folder else given
-                found.files.append(FoundFile(path, name(where), prefix, _quoted(os.path.relpath(path, top))))
+                found.files.append(FoundFile(path, name(where), prefix, _quoted(os.path.relpath(path, top)), top))
     return found
 
 

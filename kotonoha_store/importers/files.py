@@ -1,6 +1,8 @@
 """Documents from files: text, Markdown, HTML and PDF."""
 
 import asyncio
+import hashlib
+import os
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -88,7 +90,7 @@ async def import_files(
         source_type: by default ``web_page`` for HTML, else ``document_file``.
         encoding: of files of text without a byte order mark, where it is known; else it is found.
         prune: delete the documents of this scope that were imported from the given folders, and whose files are gone,
-            or stand under another address or type by now.
+            or stand under another address or type by now. Of another folder of the same name none is deleted.
         dry_run: tell what would be done; nothing is written, but rejects.
         rejects: a file for what is set aside; see :class:`~kotonoha_store.importers.report.Rejects`.
         concurrency: how many files are parsed at once.
@@ -99,7 +101,7 @@ async def import_files(
     Raises:
         ConfigurationError: the extra ``files`` is not installed.
         NotFoundError: there is no such path.
-        InvalidInputError: an option is out of range, or a folder to prune holds nothing at all.
+        InvalidInputError: an option is out of range, a folder to prune holds nothing at all, or two have one name.
         StoreUnavailableError: the database did not answer; what was imported stays.
     """
     if source_type is not None and source_type not in (SourceType.DOCUMENT_FILE, SourceType.WEB_PAGE):
@@ -129,6 +131,13 @@ def _check_prune(paths: Sequence[Path], found: FoundFiles) -> None:
         raise InvalidInputError("only folders can be pruned: give the folder, or import the file without pruning")
     if not found.files and not found.passed_over:
         raise InvalidInputError("nothing lies in what is to be pruned; is it mounted? nothing was changed")
+    roots: dict[str, str] = {}
+    for folder in found.folders:
+        if roots.setdefault(folder.prefix, folder.root) != folder.root:
+            raise InvalidInputError(
+                "two of these folders have the same name, and so their documents the same addresses: prune one at a "
+                "time, or give a --root that holds both"
+            )
 
 
 class _Run:
@@ -211,6 +220,7 @@ class _Run:
             **document.metadata,
             "importer": _IMPORTER,
             "root": file.prefix,
+            "root_id": _root_id(file.root),
             "path": file.relative,
             "format": document.kind,
             "bytes": document.size,
@@ -270,11 +280,24 @@ class _Run:
     async def prune(self, folders: Sequence[Folder]) -> None:
         """Delete what was imported from these folders and has no file any more."""
         gone: dict[int, str] = {}
+        elsewhere: set[int] = set()
+        kept = set(self._stored.values())
         for folder in folders:
-            for source_id, type_, uri, path in await self._imported(folder.prefix):
+            root_id = _root_id(folder.root)
+            for source_id, type_, uri, path, its_root in await self._imported(folder.prefix):
                 now = self._stored.get((folder.prefix, path))
-                if await asyncio.to_thread(folder.has_lost, path) or now not in (None, (type_, uri)):
+                has_moved = now not in (None, (type_, uri))
+                if (type_, uri) in kept or not (has_moved or await asyncio.to_thread(folder.has_lost, path)):
+                    continue
+                if its_root == root_id:
                     gone[source_id] = uri
+                else:
+                    elsewhere.add(source_id)
+        if elsewhere:
+            self._note(
+                f"{len(elsewhere)} documents without a file here were imported from another folder of this name, from "
+                "another place, or by a version that did not note which: not pruned."
+            )
         ids = sorted(gone)
         for start in range(0, len(ids), _PRUNED_AT_ONCE):
             batch = SearchFilters(source_ids=tuple(ids[start : start + _PRUNED_AT_ONCE]))
@@ -284,7 +307,7 @@ class _Run:
         for source_id in ids:
             self._note(f"Pruned: {gone[source_id]}")
 
-    async def _imported(self, prefix: str) -> list[tuple[int, SourceType, str, str]]:
+    async def _imported(self, prefix: str) -> list[tuple[int, SourceType, str, str, object]]:
         columns = KnowledgeSource.id, KnowledgeSource.type, KnowledgeSource.uri, KnowledgeSource.source_metadata
         statement = select(*columns).where(
             KnowledgeSource.source_metadata.contains({"importer": _IMPORTER, "root": prefix}),
@@ -296,7 +319,9 @@ class _Run:
         async with self._store.begin() as tx:
             rows = (await tx.session.execute(statement)).all()
         return [
-            (row[0], row[1], row[2], path) for row in rows if isinstance(path := row[3].get("path"), str) and row[2]
+            (row[0], row[1], row[2], path, row[3].get("root_id"))
+            for row in rows
+            if isinstance(path := row[3].get("path"), str) and row[2]
         ]
 
     def _reject(self, where: str, reason: str, record: object = None) -> None:
@@ -331,6 +356,11 @@ class _Run:
             rejections=self._rejects.first,
             is_dry_run=self._dry_run,
         )
+
+
+def _root_id(root: str) -> str:
+    """Tells folders of one name apart, without telling who reads the hits where they lie."""
+    return hashlib.sha256(os.fsencode(root)).hexdigest()
 
 
 def _text_part(part: Part, file: FoundFile, uri: str) -> TextPart:
