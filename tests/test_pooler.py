@@ -88,7 +88,9 @@ async def test_clients_that_share_connections_get_their_own_answers_and_leave_no
         assert not any(f"document {number + 1}" in titles for number, titles in enumerate(found_titles))
 
         for _ in range(POOL_SIZE):
-            await export_jsonl(store.database, tmp_path / "all.jsonl", overwrite=True)
+            # As by processes of their own, which end without having tidied up.
+            async with Store.open(settings, embedder=HashingEmbedder()) as other:
+                await export_jsonl(other.database, tmp_path / "all.jsonl", overwrite=True)
 
         # Every connection of the pooler's, by holding them all at once.
         async with AsyncExitStack() as held:
