@@ -47,13 +47,23 @@ OBJECTS: Final = text("""
     ORDER BY 1, 2
 """)
 
+# is_group: the owner role of another prefix, told by the others that go with it.
 OWNERS: Final = text("""
     SELECT oid, rolname, rolsuper, pg_has_role(current_user, oid, 'USAGE') AS is_ours,
         EXISTS (SELECT FROM pg_auth_members AS a JOIN pg_roles AS o ON o.oid = a.roleid
-            WHERE o.rolname = :owner AND a.member = r.oid AND a.inherit_option AND a.set_option) AS is_member
-    FROM pg_roles AS r WHERE oid = ANY (:owners) OR rolname = current_user
-        OR EXISTS (SELECT FROM pg_auth_members AS a JOIN pg_roles AS o ON o.oid = a.roleid
-            WHERE o.rolname = :owner AND a.member = r.oid)
+            WHERE o.rolname = :owner AND a.member = r.oid AND a.inherit_option AND a.set_option) AS is_member,
+        EXISTS (SELECT FROM pg_auth_members AS a JOIN pg_roles AS o ON o.oid = a.roleid
+            WHERE o.rolname = :owner AND a.member = r.oid) AS has_owner,
+        rolname <> :owner AND right(rolname, 6) = '_owner' AND NOT rolcanlogin AND (
+            SELECT count(*) FROM pg_roles AS g WHERE NOT g.rolcanlogin AND g.rolname IN (
+                SELECT left(r.rolname, -5) || ending FROM unnest(CAST(:endings AS text[])) AS ending
+            )
+        ) = cardinality(CAST(:endings AS text[])) AS is_group,
+        ARRAY(SELECT DISTINCT a.member FROM pg_auth_members AS a WHERE a.roleid = r.oid) AS members
+    FROM pg_roles AS r WHERE oid = ANY (:owners) OR rolname = current_user OR EXISTS (
+        SELECT FROM pg_auth_members AS a JOIN pg_roles AS o ON o.oid = a.roleid
+        WHERE a.member = r.oid AND (o.rolname = :owner OR o.oid = ANY (:owners))
+    )
     ORDER BY rolname
 """)
 
@@ -124,7 +134,12 @@ OWNED: Final = text("""
 USES: Final = text("""
     SELECT r.rolname AS name,
         ARRAY(SELECT m.rolname FROM pg_auth_members AS a JOIN pg_roles AS m ON m.oid = a.member
-            WHERE a.roleid = r.oid AND m.rolname <> current_user GROUP BY m.rolname ORDER BY m.rolname) AS members,
+            WHERE a.roleid = r.oid AND m.rolname <> current_user
+                -- Whoever migrated was made a member, which is of no use where nothing belongs to it any more.
+                AND (r.rolname <> :owner OR EXISTS (SELECT FROM pg_shdepend AS s WHERE s.deptype = 'o'
+                    AND s.refclassid = 'pg_authid'::regclass AND s.refobjid = r.oid
+                        AND s.classid <> 'pg_default_acl'::regclass))
+            GROUP BY m.rolname ORDER BY m.rolname) AS members,
         ARRAY(SELECT DISTINCT d.datname FROM pg_shdepend AS s JOIN pg_database AS d
             ON d.oid = CASE WHEN s.dbid = 0 THEN s.objid ELSE s.dbid END
             WHERE s.refclassid = 'pg_authid'::regclass AND s.refobjid = r.oid

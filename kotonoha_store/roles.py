@@ -1,7 +1,8 @@
 """Group roles with least privilege: what an application, a worker, a reader and a backup may do, and no more.
 
 Five roles that cannot log in: ``<prefix>_owner`` owns the tables, and whoever migrates is a member of it;
-``_app`` keeps sessions and knowledge, archives and searches; ``_worker`` archives, embeds and looks after dead letters;
+``_app`` keeps sessions and knowledge, archives and searches, and so may read dead letters, move them with their
+sources and delete them (deleting a source deletes its dead letters); ``_worker`` archives, embeds and looks after dead letters;
 ``_readonly`` reads; ``_backup`` reads what pg_dump does. A login role is made a member:
 ``GRANT kotonoha_app TO mybot``. A bot that also runs the workers is a member of both.
 
@@ -251,7 +252,7 @@ async def drop(database: Database, *, prefix: str = DEFAULT_PREFIX) -> Dropped:
     with _privileged():
         async with database.transaction() as connection:
             with translated_errors():
-                uses = await _uses(connection, wanted)
+                uses = await _uses(connection, wanted, names(prefix)[Role.OWNER])
         for name, who in uses.items():
             if name == names(prefix)[Role.OWNER] and kept:
                 # Its default privileges name them.
@@ -289,6 +290,8 @@ class _Facts:
     migrators: tuple[str, ...]
     # Former owners that need to become members of the owner role.
     outside: tuple[str, ...]
+    # Owner roles of other prefixes that were made members of this one's.
+    strays: tuple[str, ...]
     existing: frozenset[str]
     members: dict[str, tuple[str, ...]]
 
@@ -311,7 +314,8 @@ async def _look(connection: AsyncConnection, wanted: dict[Role, str], schema: st
     owner = wanted[Role.OWNER]
     looked_for = {"schema": where.oid, "tables": list(OUR_TABLES), "types": _OUR_TYPES}
     objects = (await connection.execute(role_queries.OBJECTS, looked_for)).all()
-    belonging = {"owner": owner, "owners": sorted({each.owner for each in objects})}
+    endings = [str(each) for each in Role if each is not Role.OWNER]
+    belonging = {"owner": owner, "owners": sorted({each.owner for each in objects}), "endings": endings}
     owners = (await connection.execute(role_queries.OWNERS, belonging)).all()
     owner_names = {each.oid: each.rolname for each in owners}
     foreign = tuple(
@@ -321,6 +325,20 @@ async def _look(connection: AsyncConnection, wanted: dict[Role, str], schema: st
         if each.kind != "SEQUENCE" and owner_names[each.owner] != owner
     )
     former = {each[2] for each in foreign} | {where.role}
+    # Of another prefix: its members go on migrating; were it one itself, there would be no way back.
+    groups = [each for each in owners if each.is_group]
+    former |= {
+        owner_names[member]
+        for each in groups
+        if each.rolname in former
+        for member in each.members
+        if member in owner_names
+    }
+    former -= {each.rolname for each in groups} | {owner}
+    migrators = {each.rolname for each in owners if each.is_ours and not each.is_group}
+    migrators &= {where.role, *(owner_names[each.owner] for each in objects)} | {
+        each.rolname for each in owners if each.has_owner
+    }
     return _Facts(
         names=wanted,
         database=where.database,
@@ -334,10 +352,11 @@ async def _look(connection: AsyncConnection, wanted: dict[Role, str], schema: st
         sequences=tuple(each.name for each in objects if each.kind == "SEQUENCE"),
         functions=tuple(each.quoted for each in objects if each.kind == "FUNCTION"),
         foreign=foreign,
-        migrators=tuple({owner: None, **{each.rolname: None for each in owners if each.is_ours}}),
+        migrators=tuple({owner: None, **dict.fromkeys(sorted(migrators))}),
         outside=tuple(
             each.rolname for each in owners if each.rolname in former and not (each.rolsuper or each.is_member)
         ),
+        strays=tuple(each.rolname for each in groups if each.has_owner),
         existing=frozenset(each.rolname for each in roles),
         members={each.rolname: tuple(each.members) for each in roles},
     )
@@ -357,6 +376,7 @@ def _make_roles(facts: _Facts) -> list[str]:
             result.append(f"DO {_literal(block)}")
     owner = _quoted(facts.names[Role.OWNER])
     # Since PostgreSQL 16 whoever makes a role may grant it, but neither is nor becomes it.
+    result += [f"REVOKE {owner} FROM {_quoted(name)}" for name in facts.strays]
     result += [f"GRANT {owner} TO {_quoted(name)} WITH INHERIT TRUE, SET TRUE" for name in facts.outside]
     schema = _quoted(facts.schema)
     everybody = _list(facts.names.values())
@@ -413,10 +433,10 @@ def privileges_on(role: Role, table: str) -> str:
     return _TABLES[role][table] if role in _TABLES else _READ
 
 
-async def _uses(connection: AsyncConnection, wanted: Sequence[str]) -> dict[str, str | None]:
+async def _uses(connection: AsyncConnection, wanted: Sequence[str], owner: str) -> dict[str, str | None]:
     """Who uses each of the roles that are there, in words; None when nobody does."""
     result: dict[str, str | None] = {}
-    for row in await connection.execute(role_queries.USES, {"names": list(wanted)}):
+    for row in await connection.execute(role_queries.USES, {"names": list(wanted), "owner": owner}):
         result[row.name] = None
         if row.databases:
             result[row.name] = f"it is used in the database {', '.join(row.databases)}"

@@ -172,6 +172,33 @@ async def test_on_a_managed_server_two_databases_are_granted_at_once_and_again(m
         assert set(gone.kept) == {names[Role.READONLY], names[Role.OWNER]}
 
 
+@pytest.mark.parametrize("has_stray", [False, True])
+async def test_another_prefix_and_back_and_the_abandoned_one_is_dropped(
+    managed: Managed, server_url: URL, has_stray: bool
+) -> None:
+    alpha, beta = managed.prefix, f"{managed.prefix} b;"
+    migrator, owner = f"{alpha}_other", roles.names(alpha)[Role.OWNER]
+    async with Database(managed.first, settings_for(managed.first)) as database:
+        await roles.grant(database, prefix=alpha)
+        await rows(database, f"CREATE ROLE {quoted(migrator)} LOGIN IN ROLE {quoted(owner)}")
+        await roles.grant(database, prefix=beta)
+        if has_stray:
+            # As earlier versions left it.
+            await rows(database, f"GRANT {quoted(roles.names(beta)[Role.OWNER])} TO {quoted(owner)}")
+            await roles.grant(database, prefix=beta)
+        member = "SELECT pg_has_role(:role, :owner, 'MEMBER')"
+        other = roles.names(beta)[Role.OWNER]
+        assert await rows(database, member, role=migrator, owner=other) == [(True,)]
+        assert await rows(database, member, role=owner, owner=other) == [(False,)]
+        for prefix in (alpha, beta, alpha):
+            await roles.grant(database, prefix=prefix)
+            assert await roles.missing(database, prefix=prefix) == ()
+        gone = await roles.drop(database, prefix=beta)
+        assert (set(gone.dropped), gone.kept) == (set(roles.names(beta).values()), {})
+        assert await roles.missing(database, prefix=alpha) == ()
+        await migrations.downgrade(database, "0003")
+
+
 async def test_tables_made_later_are_covered_and_whoever_migrated_goes_on(managed: Managed) -> None:
     names = roles.names(managed.prefix)
     async with Database(managed.first, settings_for(managed.first)) as database:

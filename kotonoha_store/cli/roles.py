@@ -10,7 +10,7 @@ from kotonoha_store.errors import InvalidInputError
 
 _PURPOSE = {
     roles.Role.OWNER: "owns the tables; whoever migrates is a member",
-    roles.Role.APP: "sessions, knowledge, archive, searches",
+    roles.Role.APP: "sessions, knowledge, archive, searches; reads dead letters, and deletes them with their sources",
     roles.Role.WORKER: "archive, embedding, dead letters",
     roles.Role.READONLY: "reads everything",
     roles.Role.BACKUP: "what pg_dump needs",
