@@ -317,8 +317,8 @@ class _Base:
                 revision = None
                 if await driver.fetchval("SELECT to_regclass('alembic_version')") is not None:
                     revision = await driver.fetchval("SELECT version_num FROM alembic_version")
-        # In a thread, since the first time reads files.
-        self.schema = await asyncio.to_thread(migrations.compare, revision)
+        # Not in a thread, though the first call reads files for some milliseconds: all of those may be busy for long.
+        self.schema = migrations.compare(revision)
 
     def error(self, raised: object) -> str | None:
         if raised is not None:

@@ -2,7 +2,8 @@
 
 While reads come, one of them each second asks both servers how they stand: the replica must still be one, of the same
 database at the same revision, and not too far behind. After a failure it is left alone for some seconds, so that a dead
-one does not cost each read its time-out. While the *primary* does not answer, the replica serves with what it has.
+one does not cost each read its time-out. While the *primary* does not answer, the replica serves with what it has; one
+that was too far behind what the primary last said is so still.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from typing import Any, Final, Literal
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.pool import QueuePool
 
 from kotonoha_store import metrics
 from kotonoha_store.database import Database, driver_connection, translated_errors
@@ -45,6 +47,9 @@ RETRY_SECONDS: Final = 10.0
 
 ANSWER_SECONDS: Final = 2.0
 """How long connecting to the replica may take, or a server to say how it is."""
+
+COMMAND_SECONDS: Final = 10.0
+"""How long a statement on the replica may take, before the primary answers: one that hangs says nothing."""
 
 POOL_SECONDS: Final = 0.5
 """How long to wait for one of the replica's connections when all are in use."""
@@ -170,6 +175,9 @@ class Replica:
         self._status = ReplicaStatus(False, "unverified", None, None)
         self._is_outage_told = False
         self._check_at = 0.0
+        self._checking: asyncio.Task[None] | None = None
+        self._is_asked = False
+        self._is_given_up = False
         self._identity: tuple[Any, ...] | None = None
         # What the primary had written when; and when it had written what is replayed by now.
         self._positions: deque[tuple[float, int]] = deque(maxlen=_POSITIONS)
@@ -186,8 +194,13 @@ class Replica:
             return None
         url = postgres_url(settings.database_replica_url, "DATABASE_REPLICA_URL")
         # One short try: the primary is there to answer.
-        seconds = min(settings.db_connect_timeout, ANSWER_SECONDS)
-        quick = settings.model_copy(update={"db_connect_attempts": 1, "db_connect_timeout": seconds})
+        quick = settings.model_copy(
+            update={
+                "db_connect_attempts": 1,
+                "db_connect_timeout": min(settings.db_connect_timeout, ANSWER_SECONDS),
+                "db_command_timeout": min(settings.db_command_timeout, COMMAND_SECONDS),
+            }
+        )
         try:
             database = Database(url, quick, pool_timeout=POOL_SECONDS)
         except ConfigurationError as error:
@@ -201,19 +214,27 @@ class Replica:
 
     async def close(self) -> None:
         """Close its connections."""
+        if self._checking is not None:
+            self._checking.cancel()
+            await asyncio.wait({self._checking})
         await self._database.close()
 
     async def is_ready(self) -> bool:
         """Whether it can be asked now, as far as is known; the primary answers where not."""
         if monotonic() >= self._check_at:
-            await self._check()
-        if self._status.reason is not None:
-            metrics.REPLICA_FALLBACKS.labels(reason=self._status.reason).inc()
-        return self._status.is_used
+            await self._checked()
+        reason = "unavailable" if self._is_given_up else self._status.reason
+        if reason is not None:
+            metrics.REPLICA_FALLBACKS.labels(reason=reason).inc()
+        return reason is None
 
-    async def status(self) -> ReplicaStatus:
-        """Ask now how it stands. Takes some seconds at most, and raises nothing."""
-        await self._check()
+    async def status(self, within: float | None = None) -> ReplicaStatus:
+        """Ask now how it stands. Takes some seconds at most, and raises nothing.
+
+        Args:
+            within: seconds after which what is known is returned.
+        """
+        await self._checked(within)
         return self._status
 
     @asynccontextmanager
@@ -263,11 +284,26 @@ class Replica:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    async def _checked(self, within: float | None = None) -> None:
+        """Await a check that all share, and that goes on where nobody waits for it any more."""
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self._check(), name="replica check")
+        try:
+            await asyncio.wait({self._checking}, timeout=within)
+        except asyncio.CancelledError:
+            # The next one would not wait for the replica's answer either. Nothing is held against it once that comes.
+            self._is_given_up = self._is_asked
+            raise
+        # Cancelled by close(): the read says that itself.
+        if self._checking.done() and not self._checking.cancelled():
+            self._checking.result()
+
     async def _check(self) -> None:
         # Before it ends: the others do not wait for it.
         self._check_at = monotonic() + RETRY_SECONDS
         try:
             written = await self._ask_primary()
+            self._is_asked = True
             # Longer, so that a pool without a free connection says so itself.
             async with asyncio.timeout(2 * ANSWER_SECONDS), self._database.driver() as connection:
                 with translated_errors():
@@ -280,12 +316,14 @@ class Replica:
             else:
                 self._pass_over(reason, error=error)
             return
-        except BaseException:
-            # The caller did not wait for the answer, nor would the next one.
-            self._pass_over("unavailable")
-            raise
+        finally:
+            self._is_asked = self._is_given_up = False
         lag = None if replayed is None else self._lag(written, replayed, since_replay)
-        if (fault := self._judged(is_standby, lag, tuple(identity))) is not None:
+        fault = self._judged(is_standby, lag, tuple(identity))
+        if fault is None and self._status.reason == "lagging" and written is None and self._is_primary_full():
+            # It may have caught up with what was known, and that be long ago.
+            fault, lag = "lagging", self._status.lag_seconds if lag is None else lag
+        if fault is not None:
             self._pass_over(fault, lag=lag)
             return
         if self._is_outage_told:
@@ -294,6 +332,10 @@ class Replica:
         self._status = ReplicaStatus(True, None, _finite(lag), None)
         # A primary that does not answer is not to cost a read its time-out each second.
         self._check_at = monotonic() + (CHECK_SECONDS if written is not None else RETRY_SECONDS)
+
+    def _is_primary_full(self) -> bool:
+        pool = self._primary.engine.pool
+        return isinstance(pool, QueuePool) and pool.checkedout() >= self._primary.settings.db_pool_max_size
 
     async def _ask_primary(self) -> int | None:
         try:
@@ -307,15 +349,18 @@ class Replica:
         return int(written)
 
     def _lag(self, written: int | None, replayed: int, since_replay: float | None) -> float | None:
-        """How far it is behind at most; by the primary's position, since a replica cannot know what it was not sent."""
+        """How far it is behind at most; by the primary's position, since a replica cannot know what it was not sent.
+
+        Where the primary does not answer: how far behind what that last said. None where it has all of that.
+        """
         while self._positions and self._positions[0][1] <= replayed:
             self._fresh_at = self._positions.popleft()[0]
-        if written is None:
-            return None
-        if replayed >= written:
-            return 0.0
+        if not self._positions:
+            return None if written is None else 0.0
+        now = monotonic()
         # The latter is long on a primary where nothing was written for a while; the former at the first look.
-        return max(0.0, min(monotonic() - self._fresh_at, inf if since_replay is None else since_replay))
+        behind = min(now - self._fresh_at, inf if since_replay is None else since_replay)
+        return max(0.0, behind - (now - self._positions[-1][0]))
 
     def _judged(self, is_standby: bool, lag: float | None, identity: tuple[Any, ...]) -> Reason | None:
         if self._identity is None:

@@ -587,7 +587,8 @@ class Store:
 
 
 async def _replica_check(replica: Replica) -> CheckResult:
-    status = await replica.status()
+    # No longer than that: while the primary hangs, what is known of the replica is to be told nevertheless.
+    status = await replica.status(within=LIMIT_SECONDS / 4)
     details = {"is_used": status.is_used, "reason": status.reason, "lag_seconds": status.lag_seconds}
     if status.is_used:
         return CheckResult(details=details)

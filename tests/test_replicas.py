@@ -317,6 +317,68 @@ async def test_a_replica_that_falls_silent_is_asked_by_one_search_even_if_that_o
                 assert not (await words(store, "news")).from_replica
 
 
+async def test_while_the_primary_hangs_a_read_that_gives_up_does_not_switch_the_replica_off(
+    servers: Pair, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Relay(servers.url(name)) as relay:
+        replica = servers.standby.url(name).render_as_string(hide_password=False)
+        settings = settings_for(relay.url, database_replica_url=replica, kb_replica_wait_seconds=20.0)
+        async with Store.open(settings, HashingEmbedder()) as store:
+            await say(store, "news")
+            assert (await words(store, "news", after=await store.write_position())).from_replica
+            monkeypatch.setattr(replicas, "CHECK_SECONDS", 0.0)
+            monkeypatch.setattr(replicas, "ANSWER_SECONDS", 60.0)
+            await until_status(store, None)
+            relay.is_silent = True
+            search = asyncio.create_task(words(store, "news"))
+            await relay.swallowed.wait()
+            search.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await search
+            async with asyncio.timeout(20):
+                assert (await words(store, "news")).from_replica
+                # Nor does a probe, which tells what is known.
+                health = await store.health()
+                assert (health.status, health.checks["replica"].details["is_used"]) == ("unhealthy", True)
+                assert (await words(store, "news")).from_replica
+
+
+async def test_a_replica_that_lagged_is_not_asked_because_the_primarys_connections_are_all_in_use(
+    servers: Pair, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(servers, name, db_pool_max_size=1, kb_replica_max_lag_seconds=0.2) as store:
+        await say(store, "old news")
+        await words(store, "news", after=await store.write_position())
+        await pause(servers)
+        await say(store, "fresh news")
+        await until_status(store, "lagging")
+        monkeypatch.setattr(replicas, "ANSWER_SECONDS", 0.5)
+        async with store.begin():
+            lagging = await status(store)
+            assert lagging.reason == "lagging"
+            assert lagging.lag_seconds is not None
+            assert lagging.lag_seconds > 0.2
+            await resume(servers)
+            await replayed(servers)
+            # What was written since, nobody has said.
+            assert (await status(store)).reason == "lagging"
+        await until_status(store, None)
+
+
+async def test_a_replica_that_hangs_within_a_search_does_not_cost_it_the_primarys_time_out(
+    servers: Pair, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "CHECK_SECONDS", 3600.0)
+    monkeypatch.setattr(replicas, "COMMAND_SECONDS", 0.5)
+    async with Relay(servers.standby.url(name)) as relay, opened(servers, name, replica=relay.url) as store:
+        await say(store, "news")
+        await until_status(store, None)
+        relay.is_silent = True
+        async with asyncio.timeout(20):
+            found = await words(store, "news")
+        assert (len(found.hits), found.from_replica) == (1, False)
+
+
 async def test_a_promoted_replica_is_not_believed(servers: Pair, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As between two looks at it.
     monkeypatch.setattr(replicas, "CHECK_SECONDS", 3600.0)
