@@ -6,12 +6,14 @@ from io import StringIO
 from typing import Any, Final
 
 from alembic import command
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
 from kotonoha_store import migrations
 from kotonoha_store.errors import ConfigurationError
 from kotonoha_store.settings import Settings
 
+_RELATIVE: Final = re.compile(r"[+-][0-9]{1,9}")
 _DROPPED_TABLE: Final = re.compile(r"^DROP TABLE (?:IF EXISTS )?(\w+)", re.MULTILINE)
 _DROPPED_COLUMN: Final = re.compile(r"^ALTER TABLE (\w+) DROP COLUMN (?:IF EXISTS )?(\w+)", re.MULTILINE)
 
@@ -22,6 +24,27 @@ class Losses:
 
     tables: tuple[str, ...]
     columns: tuple[str, ...]
+
+
+def resolve(revision: str, current: str | None) -> str:
+    """Return the revision that is meant: itself, or counted from the current one, such as ``+1`` or ``-1``.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    scripts = ScriptDirectory.from_config(migrations.alembic_config())
+    known = ["base", *reversed([each.revision for each in scripts.walk_revisions()])]
+    at = current or "base"
+    if _RELATIVE.fullmatch(revision) and at in known:
+        position = known.index(at) + int(revision)
+        if 0 <= position < len(known):
+            return known[position]
+    elif revision in (*known, "head"):
+        return revision
+    raise ConfigurationError(
+        f"there is no revision {revision}{f' from {at}' if _RELATIVE.fullmatch(revision) else ''}; "
+        f"known: {', '.join(known)}"
+    )
 
 
 def upgrade_sql(revisions: str = "head", *, settings: Settings | None = None) -> str:

@@ -208,8 +208,9 @@ def test_an_output_that_nobody_reads_any_more_ends_a_command_quietly(
     for arguments in (["export", "-"], ["status"], ["current", "--json"], ["server", "status"]):
         reading, writing = os.pipe()
         os.close(reading)
-        with open(writing, "w") as closed, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
             patch.setattr("sys.stdout", closed)
-            typer.main.get_command(app).main(arguments)
+            with pytest.raises(SystemExit) as ended:
+                typer.main.get_command(app).main(arguments)
         assert ended.value.code == 141
         assert capsys.readouterr().err == ""

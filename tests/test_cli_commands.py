@@ -126,8 +126,14 @@ def test_a_downgrade_says_what_is_lost_and_asks(migrated_url: URL) -> None:
     assert kotonoha("current", url=migrated_url).code == 0
     assert kotonoha("downgrade", "0003", url=migrated_url, stdin="y\n").code == 0
     assert kotonoha("current", "--json", url=migrated_url).json["revision"] == "0003"
-    assert kotonoha("downgrade", "banana", "--yes", url=migrated_url).code == 3
-    assert kotonoha("migrate", "banana", url=migrated_url).code == 3
+    assert kotonoha("downgrade", "-1", "--yes", "--json", url=migrated_url).json["to"] == "0002"
+    assert kotonoha("migrate", "+1", "--json", url=migrated_url).json["to"] == "0003"
+    for wrong in (("downgrade", "banana", "--yes"), ("migrate", "banana"), ("downgrade", "-9"), ("migrate", "+9")):
+        unknown = kotonoha(*wrong, url=migrated_url)
+        assert unknown.code == 3
+        assert f"there is no revision {wrong[1]}" in unknown.stderr
+        assert "known: base, 0001, 0002" in unknown.stderr
+    assert kotonoha("downgrade", "0002", "--yse", url=migrated_url).code == 2
 
 
 def test_the_sql_of_migrations_needs_no_database() -> None:

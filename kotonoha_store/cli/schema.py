@@ -1,6 +1,6 @@
 """check, migrate, current, sql, downgrade."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Group
@@ -25,6 +25,8 @@ from kotonoha_store.settings import Settings
 from kotonoha_store.statistics import connection_report
 
 Revision = Annotated[str, typer.Argument(help="A revision such as 0003; base: before the first; -1: one back.")]
+# Else -1 would be an option.
+_RELATIVE: Final = {"ignore_unknown_options": True}
 
 
 @app.command(rich_help_panel=SET_UP)
@@ -76,7 +78,8 @@ async def current(as_json: AsJson = False) -> None:
 
 @app.command(rich_help_panel=SET_UP)
 async def migrate(
-    revision: Annotated[str, typer.Argument(help="How far; the newest by default.")] = "head", as_json: AsJson = False
+    revision: Annotated[str, typer.Argument(help="How far, such as 0003, or +1; the newest by default.")] = "head",
+    as_json: AsJson = False,
 ) -> None:
     """Create the tables, or bring them to this version. Safe to run again, and by several at once.
 
@@ -86,7 +89,7 @@ async def migrate(
     """
     async with open_database(check=False) as database:
         before = await _not_newer(database)
-        await migrations.upgrade(database, revision)
+        await migrations.upgrade(database, migration_scripts.resolve(revision, before.revision))
         after = await migrations.state(database)
     changed = before.revision != after.revision
     line = f"migrated from {before.revision or 'nothing'} to {after.revision}" if changed else "nothing to do"
@@ -122,7 +125,7 @@ def sql(
         typer.echo(script or "-- nothing to do", nl=False)
 
 
-@app.command(rich_help_panel=SET_UP)
+@app.command(rich_help_panel=SET_UP, context_settings=_RELATIVE)
 async def downgrade(revision: Revision, yes: Yes = False, as_json: AsJson = False) -> None:
     """Bring the schema back to an earlier revision. Says what is lost, and asks.
 
@@ -134,6 +137,7 @@ async def downgrade(revision: Revision, yes: Yes = False, as_json: AsJson = Fals
         state = await _not_newer(database)
         if state.revision is None:
             state.check()
+        revision = migration_scripts.resolve(revision, state.revision)
         losses = migration_scripts.losses(str(state.revision), revision)
         counted = {table: await _count(database, table) for table in losses.tables}
         if not yes:
