@@ -586,6 +586,9 @@ def test_a_detached_server_serves_until_it_is_stopped(data_dir: Path, monkeypatc
     assert status.json["status"]["is_kept"]
     shown = kotonoha("server", "psql", "--json", "-Atc", "SELECT current_user").json
     assert shown == {"output": "postgres\n", "exit_code": 0}
+    for another in (("-d", "postgres"), ("postgres",)):
+        arguments = ("server", "psql", "--json", *another, "-Atc", "SELECT current_database()")
+        assert kotonoha(*arguments, PGPORT="1").json["output"] == "postgres\n"
     assert kotonoha("server", "psql", "--json", "-c", "SELECT 1/0").code == 1
     assert kotonoha("server", "stop").stdout == "stopped\n"
     assert kotonoha("server", "stop").stdout == "not running\n"

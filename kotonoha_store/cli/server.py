@@ -108,16 +108,23 @@ def url(as_json: AsJson = False) -> None:
 def psql(context: typer.Context, as_json: AsJson = False) -> None:
     """Open psql on the embedded server, started for as long as it is used; what follows is psql's.
 
-    The exit code is psql's. With --json its output is one string.
+    The exit code is psql's. With --json its output is one string. Another database of this server: its name.
 
     Example: kotonoha-store server psql -c "SELECT count(*) FROM sessions"
     """
     settings = Settings()
     server = _start(settings)
     try:
-        command = [str(server.bin_dir / "psql"), "-d", server.url(settings.postgres_db), *context.args]
-        # Of libpq's variables the address has the last word, but not of a password or a service file.
+        command = [str(server.bin_dir / "psql"), *context.args]
+        # The caller's own may name another server, by a service file too.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+        # Not as an argument: a database among those that follow would be a user's name, or lose server and port.
+        environment |= {
+            "PGHOST": server.host,
+            "PGPORT": str(server.port),
+            "PGUSER": "postgres",
+            "PGDATABASE": settings.postgres_db,
+        }
         # Ctrl-C is psql's: it ends a statement there.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
