@@ -202,6 +202,8 @@ async def compare(database: Database, manifest: Manifest, *, only: Sequence[str]
             problems.append(f"{table} has {found.rows} rows and not {expected.rows}")
         elif found.checksum != expected.checksum:
             problems.append(f"{table} has rows of other content")
+    if only is None:
+        problems += [f"{table} is not in the manifest" for table in sorted(there.keys() - manifest.tables.keys())]
     # It may have gone on while the dump was made, but not back: ids would come twice.
     behind = (name for name, value in manifest.sequences.items() if sequences.get(name, value - 1) < value)
     problems += [f"{name} is behind" for name in behind]

@@ -19,6 +19,8 @@ from kotonoha_store.errors import ConfigurationError, StoreError, StoreUnavailab
 from kotonoha_store.settings import Settings
 
 _KEPT: Final = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TEMP", "SYSTEMROOT", "LD_LIBRARY_PATH")
+# To libpq these outweigh PGHOST: a restore would go to another server than the one that was asked.
+_ELSEWHERE: Final = ("PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGSYSCONFDIR")
 _STOP_SECONDS: Final = 10.0
 _TICK_SECONDS: Final = 0.2
 
@@ -261,7 +263,7 @@ def _failure(name: str, lines: list[str], code: int) -> StoreError:
     everything = "\n".join(lines)
     if _UNREACHABLE.search(everything):
         return StoreUnavailableError(f"{message}; run it again")
-    if "permission denied" in everything or "must be owner" in everything:
+    if any(each in everything for each in ("permission denied", "must be owner", "may lack SELECT privilege")):
         return ConfigurationError(f"{message}; connect as the owner, or as a member of kotonoha_backup to back up")
     if "lock timeout" in everything:
         return StoreUnavailableError(f"{message}: a table is locked, by a migration?; run it again")
@@ -287,7 +289,11 @@ def _directories() -> Iterator[Path]:
 
 def _environment() -> dict[str, str]:
     # No keys of other services; and messages in the language that they are looked for in.
-    kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith("PG")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT or (name.startswith("PG") and name not in _ELSEWHERE)
+    }
     return kept | {"LC_ALL": "C"}
 
 

@@ -1,6 +1,7 @@
 """Backups are whole or not there, and what they are restored into is what they were made of, or said not to be."""
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
@@ -255,6 +256,17 @@ async def test_a_changed_row_is_found_and_the_database_taken_by_nobody(
         await backup.restore(database, copied, to=target)
 
 
+async def test_a_table_that_the_manifest_leaves_out_is_not_believed(
+    database: Database, copied: Path, target: str
+) -> None:
+    true = read_manifest(copied)
+    manifest_path(copied).unlink()
+    kept = {name: sums for name, sums in true.tables.items() if name != "sessions"}
+    write_manifest(manifest_path(copied), replace(true, tables=kept))
+    with pytest.raises(StoreError, match="sessions is not in the manifest"):
+        await backup.restore(database, copied, to=target)
+
+
 async def test_an_interrupted_restore_is_known_as_such_and_done_again(
     database: Database, made: Path, target: str
 ) -> None:
@@ -293,6 +305,46 @@ async def test_an_interrupted_backup_leaves_nothing(database: Database, tmp_path
             await task
         await transaction.rollback()
         await until(watcher, dumping, 0)
+    assert not any(os.scandir(tmp_path))
+
+
+async def test_what_a_killed_backup_left_goes_with_the_next_to_the_same_file(
+    database: Database, tmp_path: Path
+) -> None:
+    names = [".x*.abcdefgh.partial", ".x*.hijklmno.partial", ".x*.hijklmno.partial.json", ".y.abcdefgh.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    with (tmp_path / names[0]).open() as used:
+        fcntl.flock(used, fcntl.LOCK_EX)
+        await backup.backup(database, tmp_path / "x*")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {names[0], names[3], "x*", "x*.json"}
+
+
+@pytest.mark.role("backup")
+def test_a_backup_that_cannot_be_verified_is_said_to_be_written(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert settings.database_url is not None
+    monkeypatch.setenv("DATABASE_URL", settings.database_url.get_secret_value())
+    done = CliRunner().invoke(app, ["backup", str(tmp_path / "x"), "--verify"])
+    assert done.exit_code == 3
+    assert "was written, but not verified: this role may not make" in " ".join(done.stderr.split())
+    assert (tmp_path / "x").is_file()
+
+
+@pytest.mark.parametrize("grant", ["SELECT ON alembic_version", "SELECT ON ALL TABLES IN SCHEMA public"])
+async def test_who_may_not_read_everything_is_told_of_the_role_that_may(
+    migrated_url: URL, server_url: URL, tmp_path: Path, grant: str
+) -> None:
+    name = f"kt_{RUN}_nobody"
+    await run_sql(server_url, f"CREATE ROLE {name} LOGIN PASSWORD '{RUN}'")
+    await run_sql(migrated_url, f"GRANT {grant} TO {name}")
+    url = migrated_url.set(username=name, password=RUN)
+    async with Database(url, settings_for(url)) as database:
+        with pytest.raises(ConfigurationError, match="kotonoha_backup"):
+            await backup.backup(database, tmp_path / "x")
+    await run_sql(migrated_url, f"DROP OWNED BY {name}", f"DROP ROLE {name}")
     assert not any(os.scandir(tmp_path))
 
 
@@ -356,12 +408,14 @@ def test_an_old_pg_dump_is_no_help_and_the_error_says_what_to_install(monkeypatc
 def test_a_childs_environment_has_the_password_and_no_other_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.delenv("PGOPTIONS", raising=False)
+    # It would outweigh all that follows.
+    monkeypatch.setenv("PGSERVICE", "another")
     url = make_url("postgresql://me:p%40%3A%2F%20%25@h:5/d%25b?sslmode=require&connect_timeout=7&search_path=a b")
     found = programs.environment(url.set(database="d%b"), Settings())
     expected = {"PGHOST": "h", "PGPORT": "5", "PGUSER": "me", "PGPASSWORD": "p@:/ %", "PGDATABASE": "d%b"}
     expected |= {"PGSSLMODE": "require", "PGCONNECT_TIMEOUT": "7", "PGOPTIONS": "-c search_path=a\\ b"}
     assert {name: found.get(name) for name in expected} == expected
-    assert "OPENAI_API_KEY" not in found
+    assert not {"OPENAI_API_KEY", "PGSERVICE"} & found.keys()
 
 
 @pytest.mark.parametrize(
