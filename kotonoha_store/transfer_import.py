@@ -34,6 +34,8 @@ class _Unit:
     values: Values
     chunks: list[tuple[Values, Values | None]] = field(default_factory=list)
     letters: list[Values] = field(default_factory=list)
+    has_origin: bool = False
+    """Whether a source's origin is the database's by now, no more the file's."""
 
     @property
     def rows(self) -> int:
@@ -80,7 +82,7 @@ async def import_jsonl(
     index = IndexOfLoad(database, rebuild)
     run = _Import(database, index, dry_run=dry_run)
     total = found.lines
-    with Rejects(None if dry_run else rejects) as aside:
+    with Rejects(rejects) as aside:
         if not dry_run:
             await run.advance_sequences(found.header)
         async with index.apart():
@@ -153,6 +155,7 @@ class _Import:
         self.tally = _Tally()
         self.renumbered: Counter[str] = Counter()
         self._session_ids: dict[int, int] = {}
+        self._origin_ids: dict[tuple[int, str | None], int] = {}
 
     @property
     def done(self) -> int:
@@ -225,6 +228,7 @@ class _Import:
             details={"new ids": renumbered, "vector index": outcome},
             notes=tuple(notes),
             rejections=aside.first,
+            set_aside=aside.count,
             is_dry_run=self._dry_run,
         )
 
@@ -299,6 +303,7 @@ class _Import:
 
     async def _there(self, session: AsyncSession, driver: Any, batch: Sequence[_Unit]) -> dict[int, Any]:
         """By line, those sources that the database has, and when they were last changed there."""
+        await self._settle_origins(driver, batch)
         columns = "id, type::text, document_key, origin_session_id, origin_first_index, created_at, updated_at"
         found: dict[Any, Any] = {}
         by_key = [self._key(unit.values) for unit in batch]
@@ -309,20 +314,15 @@ class _Import:
             " ON origin_session_id = i AND origin_first_index = f",
             by_key,
             [unit.values["id"] for unit in batch],
-            *(
-                [
-                    self._session_ids.get(unit.values["origin_session_id"], unit.values["origin_session_id"])
-                    for unit in batch
-                ],
-                [unit.values["origin_first_index"] for unit in batch],
-            ),
+            [unit.values["origin_session_id"] for unit in batch],
+            [unit.values["origin_first_index"] for unit in batch],
         )
         for row in rows:
             if row["document_key"] is not None:
                 found["key", row["document_key"]] = row
-            elif row["origin_session_id"] is not None:
+            if row["origin_session_id"] is not None:
                 found["origin", row["origin_session_id"], row["origin_first_index"]] = row
-            else:
+            if row["document_key"] is None and row["origin_session_id"] is None:
                 found["id", row["id"], row["type"], row["created_at"]] = row
         there = {}
         for unit, key in zip(batch, by_key, strict=True):
@@ -335,8 +335,7 @@ class _Import:
         if values["document_key"] is not None:
             return ("key", values["document_key"])
         if values["origin_session_id"] is not None:
-            origin = values["origin_session_id"]
-            return ("origin", self._session_ids.get(origin, origin), values["origin_first_index"])
+            return ("origin", values["origin_session_id"], values["origin_first_index"])
         return ("id", values["id"], values["type"], values["created_at"])
 
     def _key(self, values: Values) -> bytes:
@@ -349,9 +348,6 @@ class _Import:
     async def _renumber(self, driver: Any, unit: _Unit, taken: set[int], chunks: set[int], letters: set[int]) -> None:
         """New ids where others have them, and what refers to them."""
         source = unit.values
-        if source["origin_session_id"] is not None:
-            origin = source["origin_session_id"]
-            source["origin_session_id"] = await self._origin(driver, origin, source["origin_session_key"])
         if source["id"] in taken:
             if source["document_key"] is None and source["origin_session_id"] is None:
                 source["document_key"] = self._key(source)
@@ -372,13 +368,54 @@ class _Import:
                 row["original_chunk_id"] = await self._new(driver, "chunk")
             row["source_id"] = source["id"]
 
-    async def _origin(self, driver: Any, origin: int, key: str | None) -> int:
-        """The id of the session that a source was made of; of one that is gone, none that another has."""
-        if origin not in self._session_ids:
-            other = await driver.fetchval("SELECT session_key FROM sessions WHERE id = $1", origin)
-            same = other is None or other == key
-            self._session_ids[origin] = origin if same else await self._new(driver, "session")
-        return self._session_ids[origin]
+    async def _settle_origins(self, driver: Any, batch: Sequence[_Unit]) -> None:
+        """Give sources the id that the session they were made of has in the database; another may have the file's."""
+        made = [unit for unit in batch if unit.values["origin_session_id"] is not None and not unit.has_origin]
+        if not made:
+            return
+        names = ("origin_session_id", "origin_session_key", "origin_first_index", "created_at")
+        rows = await driver.fetch(_SAME_ORIGIN, [unit.line for unit in made],
+                                  *([unit.values[name] for unit in made] for name in names))  # fmt: skip
+        there = {row["line"]: row["origin_session_id"] for row in rows}
+        firsts: dict[tuple[int, str | None], list[int]] = {}
+        for unit in made:
+            origin, key, first = (unit.values[name] for name in names[:3])
+            firsts.setdefault((origin, key), []).append(first)
+        for unit in made:
+            unit.has_origin = True
+            origin, key = unit.values["origin_session_id"], unit.values["origin_session_key"]
+            now = there.get(unit.line) or self._session_ids.get(origin)
+            if now is None:
+                now = await self._origin(driver, origin, key, firsts[origin, key])
+            if now != origin and key is None and unit.values["document_key"] is None:
+                # By nothing else it would be found again.
+                unit.values["document_key"] = self._key(unit.values)
+            unit.values["origin_session_id"] = now
+
+    async def _origin(self, driver: Any, origin: int, key: str | None, firsts: Sequence[int]) -> int:
+        """The id for a session that is not in the file: its own, or where another has that, one of its key, or new."""
+        if (known := self._origin_ids.get((origin, key))) is not None:
+            return known
+        rows = await driver.fetch(
+            "SELECT session_key FROM sessions WHERE id = $1"
+            " UNION SELECT origin_session_key FROM knowledge_sources WHERE origin_session_id = $1",
+            origin,
+        )
+        holders = {row[0] for row in rows}
+        now: int | None = origin
+        if holders and key not in holders:
+            # Not one that a session has: it would take these messages for its own.
+            now = await driver.fetchval(
+                "SELECT origin_session_id FROM knowledge_sources AS k WHERE origin_session_key = $1"
+                " AND NOT EXISTS (SELECT FROM sessions AS s WHERE s.id = k.origin_session_id)"
+                " GROUP BY 1 HAVING NOT bool_or(origin_first_index = ANY($2::bigint[])) ORDER BY 1 LIMIT 1",
+                key,
+                firsts,
+            )
+        if now is None:
+            now = await self._new(driver, "session")
+        self._origin_ids[origin, key] = now
+        return now
 
     async def _new(self, driver: Any, kind: str) -> int:
         self.renumbered[kind] += 1
@@ -429,6 +466,23 @@ class _Import:
             await driver.executemany(
                 f"{_insert('pause')} ON CONFLICT DO NOTHING", [list(values.values()) for values in new]
             )
+
+
+# By line, the id of the session that the same source has here. Sessions may be deleted and begun again under their
+# key, so that key and place alone do not tell; those of early versions have no key.
+_SAME_ORIGIN: Final = """
+WITH o AS (
+    SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[], $5::timestamptz[])
+    AS o(line, id, key, first, created)
+)
+SELECT o.line, s.origin_session_id, false AS is_own FROM o JOIN knowledge_sources AS s
+ON s.origin_session_key = o.key AND s.origin_first_index = o.first AND s.created_at = o.created
+UNION ALL
+SELECT o.line, s.origin_session_id, true FROM o JOIN knowledge_sources AS s
+ON s.origin_session_id = o.id AND s.origin_first_index = o.first AND s.created_at = o.created
+AND (o.key IS NULL OR s.origin_session_key IS NULL OR s.origin_session_key = o.key)
+ORDER BY is_own
+"""
 
 
 async def _taken(driver: Any, kind: str, ids: Sequence[int | None]) -> set[int]:

@@ -254,6 +254,43 @@ async def test_into_a_database_in_use_rows_get_new_ids_and_what_refers_to_them_f
         assert [hit.title for hit in (await other.search("dies", mode="words", everywhere=True)).hits] == ["文書"]
 
 
+@pytest.mark.parametrize("archived", [True, False])
+async def test_what_was_made_of_a_session_is_not_taken_for_another_session_of_its_id(
+    store: Store, other_url: URL, tmp_path: Path, archived: bool
+) -> None:
+    async def talk(store: Store, key: str) -> None:
+        async with store.begin() as tx:
+            await tx.sessions.append(key, [Message.user(f"{key} {n} " * 9) for n in range(8)], session_type="thread")
+
+    await talk(store, "alpha")
+    await store.archiver.run_once(idle_for=timedelta(0))
+    # One of an early version, without a key.
+    await run_sql(
+        store.database.direct_url,
+        "INSERT INTO knowledge_sources (type, title, metadata, origin_session_id, origin_first_index)"
+        " VALUES ('discord_session', 'early', '{}', 1, 90)",
+    )
+    path = tmp_path / "sources.jsonl"
+    async with store.begin() as tx:
+        ids = tuple(await query(tx.session, "SELECT id FROM knowledge_sources ORDER BY id"))
+    assert len(ids) == 2
+    await export_jsonl(store.database, path, filters=ExportFilters(source_ids=ids))
+    async with Store.open(settings_for(other_url)) as other:
+        await talk(other, "beta")
+        if archived:
+            await other.archiver.run_once(idle_for=timedelta(0))
+        first = await import_jsonl(other.database, path)
+        after = await everything(other.database)
+        again = await import_jsonl(other.database, path)
+        assert (first.imported, again.imported, again.unchanged) == (2, 0, 2)
+        assert await everything(other.database) == after
+        async with other.begin() as tx:
+            own = await query(
+                tx.session, "SELECT origin_session_key FROM knowledge_sources WHERE origin_session_id = 1"
+            )
+        assert own == (["beta"] if archived else [])
+
+
 async def test_a_stopped_import_goes_on(
     store: Store, other_url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
