@@ -10,8 +10,10 @@ takes it for whole.
 """
 
 import asyncio
+import contextlib
 import os
 import re
+import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -86,11 +88,12 @@ async def backup(database: Database, file: Path, *, force: bool = False, progres
         OSError: the file cannot be written.
     """
     file = _place(file, force)
-    async with database.patient() as direct, _snapshot(direct) as connection:
+    async with database.patient() as direct, _read_by_few(), _snapshot(direct) as connection:
         with translated_errors():
             source = await _source(connection)
         tools = await asyncio.to_thread(programs.to_dump, source.major)
-        partial = _new_file(file)
+        await asyncio.to_thread(_remove_abandoned, file)
+        partial, lock = _new_file(file)
         try:
             dump = programs.run(
                 tools,
@@ -125,6 +128,7 @@ async def backup(database: Database, file: Path, *, force: bool = False, progres
             await asyncio.to_thread(_publish, partial, manifest, file, force)
         finally:
             _discard(partial)
+            os.close(lock)
     return manifest
 
 
@@ -221,6 +225,19 @@ async def _snapshot(database: Database) -> AsyncIterator[AsyncConnection]:
         await connection.close()
 
 
+@asynccontextmanager
+async def _read_by_few() -> AsyncIterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        if sqlstate_of(error) != "42501":
+            raise
+        raise ConfigurationError(
+            "this role may not read all that a backup holds; connect as the owner, or as a member of kotonoha_backup "
+            "(see `kotonoha-store grants`)"
+        ) from error
+
+
 _WHERE: Final = text("""
     SELECT n.nspname AS schema, current_setting('server_version') AS server,
         CAST(current_setting('server_version_num') AS integer) / 10000 AS major, now() AS now,
@@ -290,7 +307,8 @@ async def _both(first: Any, second: Any) -> tuple[Any, Any]:
         async with asyncio.TaskGroup() as group:
             tasks = group.create_task(first), group.create_task(second)
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        error = errors.exceptions[0]
+        raise error from error.__cause__
     return tasks[0].result(), tasks[1].result()
 
 
@@ -315,11 +333,38 @@ def _refuse_existing(file: Path, force: bool) -> None:
             raise InvalidInputError(f"{path} is there already; choose another name, or replace it with --force")
 
 
-def _new_file(file: Path) -> Path:
-    """A file beside it that only its owner may read."""
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".partial")
-    os.close(descriptor)
-    return Path(name)
+def _new_file(file: Path) -> tuple[Path, int]:
+    """A file beside it that only its owner may read, and what holds a lock on it until it is closed."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".partial")
+        # Before it was locked, another backup may have taken it for abandoned.
+        if not _lock(descriptor) or os.fstat(descriptor).st_nlink:
+            return Path(name), descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file until it is closed, or this process ends. False where somebody else has, or nobody can."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_abandoned(file: Path) -> None:
+    """Remove what backups to the same file left that were killed: no process has it locked."""
+    pattern = re.compile(rf"\.{re.escape(file.name)}\.[a-z0-9_]{{8}}\.partial")
+    for path in file.parent.iterdir():
+        if pattern.fullmatch(path.name) is None:
+            continue
+        with contextlib.suppress(OSError), path.open("rb") as stream:
+            if _lock(stream.fileno()):
+                _discard(path)
 
 
 def _publish(partial: Path, manifest: Manifest, file: Path, force: bool) -> None:

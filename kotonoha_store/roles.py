@@ -1,9 +1,9 @@
 """Group roles with least privilege: what an application, a worker, a reader and a backup may do, and no more.
 
 Five roles that cannot log in: ``<prefix>_owner`` owns the tables, and whoever migrates is a member of it;
-``_app`` keeps sessions and knowledge, archives and searches, and so may read dead letters, move them with their
-sources and delete them (deleting a source deletes its dead letters); ``_worker`` archives, embeds and looks after dead letters;
-``_readonly`` reads; ``_backup`` reads what pg_dump does. A login role is made a member:
+``_app`` keeps sessions and knowledge, archives and searches, and so may read dead letters, and retitle and delete them
+as it does their sources; ``_worker`` archives, embeds and looks after dead letters; ``_readonly`` reads;
+``_backup`` reads what pg_dump does. A login role is made a member:
 ``GRANT kotonoha_app TO mybot``. A bot that also runs the workers is a member of both.
 
 Roles belong to the whole server, privileges to one database: the same prefix may serve several databases.

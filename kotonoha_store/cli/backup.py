@@ -21,6 +21,7 @@ from kotonoha_store.cli.app import (
     show,
     table,
 )
+from kotonoha_store.errors import StoreError
 
 Jobs = Annotated[int | None, typer.Option(min=1, max=64, help="Connections that restore at once; default: up to 4.")]
 
@@ -47,8 +48,11 @@ async def backup(
         with progress("Bytes written", as_json) as report:
             manifest = await backups.backup(database, file, force=force, progress=report)
         if verify:
-            with progress("Restoring to compare", as_json) as report:
-                await backups.verify(database, file, jobs=jobs, progress=report)
+            try:
+                with progress("Restoring to compare", as_json) as report:
+                    await backups.verify(database, file, jobs=jobs, progress=report)
+            except StoreError as error:
+                raise type(error)(f"{file} was written, but not verified: {error}") from error
         left = await backups.leftovers(database) if verify else ()
     _show(manifest, file, "verified" if verify else "written", left, as_json)
 
