@@ -57,7 +57,9 @@ class Hit(BaseModel):
 
 
 def store_of(request: Request) -> Store:
-    store: Store = request.app.state.store
+    store: Store | None = request.app.state.store
+    if store is None:
+        raise StoreUnavailableError("this process is shutting down; ask another one")
     return store
 
 

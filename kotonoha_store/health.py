@@ -31,6 +31,7 @@ from kotonoha_store.errors import (
     ErrorCode,
     InvalidInputError,
     SchemaOutdatedError,
+    StoreError,
     StoreUnavailableError,
 )
 from kotonoha_store.migrations import SchemaState
@@ -277,8 +278,9 @@ def _outcome(task: asyncio.Task[T]) -> T | Exception | None:
 
 
 def _sentence(error: object) -> str:
-    # Other messages may quote what is stored.
-    return str(error) if isinstance(error, _SAYABLE) else f"failed with {type(error).__name__}"
+    # StoreError itself: the store was closed, or a statement refused. Other messages may quote what is stored.
+    is_sayable = type(error) is StoreError or isinstance(error, _SAYABLE)
+    return str(error) if is_sayable else f"failed with {type(error).__name__}"
 
 
 async def _called(check: Check) -> CheckResult:

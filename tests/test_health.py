@@ -3,8 +3,10 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import timedelta
 
@@ -228,6 +230,28 @@ async def test_whoever_asks_may_go_away(silent_url: URL) -> None:
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
+
+
+async def test_threads_that_are_all_busy_do_not_make_a_store_unready(store: Store) -> None:
+    """Such as with splitting large documents."""
+    assert (await store.health(30)).is_healthy
+    ended = threading.Event()
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(1) as executor:
+        loop.set_default_executor(executor)
+        busy = loop.run_in_executor(None, ended.wait)
+        try:
+            assert await store.health_checks.why_not_ready() is None
+        finally:
+            ended.set()
+            await busy
+
+
+async def test_a_store_that_was_closed_says_so(settings: Settings) -> None:
+    async with Store.open(settings, embedder=HashingEmbedder()) as store:
+        pass
+    assert "this store was closed" in str((await store.health()).error)
+    assert "this store was closed" in str(await store.health_checks.why_not_ready())
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), "2", 2**63])

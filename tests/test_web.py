@@ -169,6 +169,15 @@ async def test_the_example_takes_messages_and_finds_them(settings: Settings) -> 
         assert (await client.get("/health")).status_code == 200
 
 
+async def test_the_example_says_when_its_store_is_closed(settings: Settings) -> None:
+    app = example().create_app(settings)
+    async with client_of(app) as client:
+        async with app.router.lifespan_context(app):
+            pass
+        answer = await client.get("/search", params={"query": "a", "user_id": 1})
+    assert (answer.status_code, answer.json()["error"]) == (503, "StoreUnavailableError")
+
+
 async def test_the_examples_own_requests_find_what_was_said(settings: Settings) -> None:
     module = example()
     said = re.search(r"-d '(.*)'", str(module.__doc__))
