@@ -103,6 +103,7 @@ class ExportReport:
     Attributes:
         path: None where it went to standard output.
         size: bytes before compression.
+        file_size: bytes of the file; None of standard output.
         sha256: of the lines, which the last line holds too.
     """
 
@@ -115,6 +116,7 @@ class ExportReport:
     pauses: int
     size: int
     sha256: str
+    file_size: int | None = None
 
 
 async def export_jsonl(
@@ -141,7 +143,9 @@ async def export_jsonl(
     """
     filters = filters or ExportFilters()
     if path is not None and not overwrite and await asyncio.to_thread(path.exists):
-        raise InvalidInputError(f"{path.name} is there already; choose another name, or allow to overwrite it")
+        raise InvalidInputError(
+            f"{path.name} is there already; choose another name, or replace it by --force (overwrite=True)"
+        )
     state = await migrations.state(database)
     state.check()
     with _output(path) as file:
@@ -161,8 +165,9 @@ async def export_jsonl(
         await sink.flush()
         if progress is not None:
             progress(total, total)
+    file_size = None if path is None else (await asyncio.to_thread(path.stat)).st_size
     return ExportReport(None if path is None else str(path), str(state.revision), **header["counts"],
-                        size=sink.size, sha256=sha256)  # fmt: skip
+                        size=sink.size, sha256=sha256, file_size=file_size)  # fmt: skip
 
 
 async def _header(driver: Any, revision: str, filters: ExportFilters) -> dict[str, Any]:

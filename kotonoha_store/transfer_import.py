@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -84,7 +84,7 @@ async def import_jsonl(
     total = found.lines
     with Rejects(rejects) as aside:
         if not dry_run:
-            await run.advance_sequences(found.header)
+            await run.advance_sequences(found)
         async with index.apart():
             async for batch in _batches(path, found, aside, run):
                 await run.write(batch)
@@ -162,12 +162,13 @@ class _Import:
         tally = self.tally
         return sum(sum(each.values()) for each in (tally.imported, tally.unchanged, tally.kept, tally.rejected))
 
-    async def advance_sequences(self, header: Mapping[str, Any]) -> None:
-        """No row that is made meanwhile shall take an id that is to be kept."""
+    async def advance_sequences(self, found: FileCheck) -> None:
+        """No row that is made meanwhile or later shall take an id that is to be kept."""
         async with self._database.begin() as session:
             with translated_errors():
                 for kind in SEQUENCES:
-                    last = header["sequences"].get(kind, 0)
+                    # The header of a file that was changed may say too little.
+                    last = max(found.header["sequences"][kind], found.largest.get(kind, 0))
                     if last:
                         await session.execute(_advance(TABLES[kind].name), {"table": TABLES[kind].name, "last": last})
 

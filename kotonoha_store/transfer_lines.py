@@ -24,8 +24,19 @@ from kotonoha_store.columns import EMBEDDING_DIMENSION, HalfVector, PackedVector
 from kotonoha_store.errors import InvalidInputError
 from kotonoha_store.transfer import FORMAT, SEQUENCES, TABLES
 
-# Beyond, no row of a live sequence is: a header that asks for more would use it up.
+# Beyond, no row of a live sequence is: what asks for more would use it up.
 _SEQUENCE_MAX: Final = 2**62
+# Of which sequence the ids are that a line keeps.
+_KEPT: Final = {
+    "session": {"id": "session"},
+    "source": {"id": "source", "origin_session_id": "session"},
+    "chunk": {"id": "chunk"},
+    "dead_letter": {"id": "dead_letter", "original_chunk_id": "chunk"},
+    "pause": {},
+}
+# PostgreSQL, "Numeric Types": digits before and after the decimal point.
+_DIGITS_BEFORE: Final = 131072
+_DIGITS_AFTER: Final = 16383
 _END: Final = b'{"end":'
 _UNREADABLE: Final = "line"
 _DAMAGED: Final = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -49,12 +60,14 @@ class FileCheck:
         problem: why it is not whole; None where the last line is there and agrees with all before it.
         bad: what cannot be stored, by the line that its unit begins with.
         lines: rows, bad ones included.
+        largest: the largest ids, by the kind whose sequence gave them.
     """
 
     header: Mapping[str, Any]
     problem: str | None
     bad: Mapping[int, Bad]
     lines: int
+    largest: Mapping[str, int]
 
 
 class Line(NamedTuple):
@@ -79,7 +92,7 @@ def is_export(path: Path) -> bool:
     Raises:
         InvalidInputError: it cannot be read.
     """
-    with readable(path):
+    with readable(path), suppress(*_DAMAGED):
         for _, line in raw_lines(path):
             return line.startswith(b'{"kotonoha_store":')
     return False
@@ -110,16 +123,20 @@ def check_export(path: Path) -> FileCheck:
             digest.update(line)
 
     bad: dict[int, Bad] = {}
+    largest: dict[str, int] = {}
     with readable(path):
         try:
             for line in _in_units(rows()):
                 if line.reason is not None:
                     bad.setdefault(line.unit, Bad(line.number, line.reason))
+                    continue
+                for name, kind in _KEPT[line.kind].items():
+                    largest[kind] = max(largest.get(kind, 0), line.values[name] or 0)
         except _DAMAGED:
             problem = "its compression ends too early or is damaged"
     if header is None:
         raise InvalidInputError(f"{path.name} is empty or no export of kotonoha-store")
-    return FileCheck(header, problem, bad, lines)
+    return FileCheck(header, problem, bad, lines, largest)
 
 
 def read_units(path: Path) -> Iterator[Line]:
@@ -315,6 +332,9 @@ def _values(kind: str, row: Mapping[str, Any]) -> Values:
 
 def _check_row(kind: str, values: Values) -> None:
     """The rules of the tables, so that one row does not fail those written with it."""
+    for name in _KEPT.get(kind, ()):
+        if (values[name] or 0) >= _SEQUENCE_MAX:
+            raise InvalidInputError(f"{kind}.{name} is larger than any id that was ever given")
     if kind == "session" and (values["last_archived_message_index"] < 0 or values["messages_offset"] < 0):
         raise InvalidInputError("session counts fewer than no messages")
     if kind == "source" and (values["origin_session_id"] is None) != (values["origin_first_index"] is None):
@@ -358,12 +378,26 @@ def _json(value: Any, what: str) -> str:
         check_json(value, what)
     except InvalidInputError:
         raise InvalidInputError(f"{what} holds what PostgreSQL's jsonb cannot store") from None
-    return _dump(value)
+    try:
+        return _dump(value)
+    except OverflowError:
+        raise InvalidInputError(f"{what} holds a number with more digits than PostgreSQL's numeric has") from None
+
+
+def _is_numeric(number: str) -> bool:
+    digits, _, exponent = number.lower().partition("e")
+    whole, _, fraction = digits.lstrip("-").partition(".")
+    if len(exponent) > 7:  # longer ones may be more than Python converts
+        return False
+    power = int(exponent or 0)
+    return len(whole) + power <= _DIGITS_BEFORE and len(fraction) - power <= _DIGITS_AFTER
 
 
 def _dump(value: Any) -> str:
     """As json.dumps, with numbers as they were written."""
     if isinstance(value, _Number):
+        if not _is_numeric(value):
+            raise OverflowError
         return str(value)
     if isinstance(value, dict):
         return (

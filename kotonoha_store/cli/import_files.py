@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import RenderableType
@@ -18,10 +18,15 @@ from kotonoha_store.cli.app import (
     plain,
     progress,
     show,
-    table,
 )
+from kotonoha_store.cli.imports import headline, set_aside
 from kotonoha_store.importers.files import import_files
 from kotonoha_store.records import Scope, SourceType
+
+_UNSCOPED: Final = (
+    "Without --guild, --channel, --thread or --user, searches find these documents only by --everywhere; importing "
+    "the files again with one of them makes a second copy."
+)
 
 
 class _Type(StrEnum):
@@ -60,7 +65,12 @@ async def files(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read everything, and only say what would change.")
     ] = False,
-    rejects: Annotated[Path | None, typer.Option(help="A file for the list of files that could not be read.")] = None,
+    rejects: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file for the list of files that could not be read; that of an earlier import begins anew."
+        ),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="How many files are parsed at once.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="How long the parsing of one may take.")] = 60,
     max_mib: Annotated[int, typer.Option(min=1, max=1024, help="Longer files are set aside.")] = 100,
@@ -98,11 +108,14 @@ async def files(
             )
     chunks = result.inner["chunks"]
     people: list[RenderableType] = [
-        plain("Dry run: nothing was written." if dry_run else "Imported.", "bold"),
+        headline(result),
         pairs(
             [
                 ("files read", result.read),
-                ("imported", f"{result.imported} ({result.details['new']} new, {result.details['changed']} changed)"),
+                (
+                    "would import" if dry_run else "imported",
+                    f"{result.imported} ({result.details['new']} new, {result.details['changed']} changed)",
+                ),
                 ("unchanged", result.unchanged),
                 ("passed over", result.skipped),
                 ("set aside", result.rejected),
@@ -114,9 +127,9 @@ async def files(
             ]
         ),
         *(plain(note) for note in result.notes),
+        *([plain(_UNSCOPED)] if (guild, channel, thread, user) == (None,) * 4 else []),
+        *set_aside(result, rejects),
     ]
-    if result.rejections:
-        people.append(table("set aside", "because", rows=[(each.where, each.reason) for each in result.rejections]))
     show(result, as_json, *people)
     if result.has_rejects:
         raise typer.Exit(FINDINGS)

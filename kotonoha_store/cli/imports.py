@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import RenderableType
@@ -25,8 +25,14 @@ from kotonoha_store.importers.sqlite import import_sqlite
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read and compare everything, write nothing to the database.")]
 Rejects = Annotated[
-    Path | None, typer.Option(help="A file (JSON lines, yours alone) for what cannot be taken, with the reasons.")
+    Path | None,
+    typer.Option(
+        help="A file (JSON lines, yours alone) for what cannot be taken, with the reasons; that of an earlier import "
+        "is begun anew."
+    ),
 ]
+
+_SHOWN: Final = 10
 
 
 @import_app.command("sqlite")
@@ -39,6 +45,10 @@ async def sqlite(
     as_json: AsJson = False,
 ) -> None:
     """Import the sessions of the old bot's SQLite file; `archive` makes them searchable then.
+
+    The file has a table `sessions` with the columns session_key, session_type, messages, created_at, last_active_at,
+    and if wanted channel_id, thread_id, user_id. `messages` is a JSON list of objects {role, content, timestamp}, the
+    oldest first; role is user, assistant, system, developer, tool or function, times are ISO 8601.
 
     Run again, it goes on where it was stopped and adds what is new. Sessions that were changed here are left as they
     are. What was written is read back and compared. Ends with 1 where records were set aside.
@@ -56,7 +66,8 @@ async def sqlite(
                 dry_run=dry_run,
                 progress=report,
             )
-    show_report(result, as_json, rejects)
+    unscoped = "Without --guild, searches find what has no channel, thread or user of its own only by --everywhere."
+    show_report(result, as_json, rejects, *([unscoped] if guild is None else []))
 
 
 @import_app.command("discord")
@@ -92,28 +103,53 @@ async def discord(
                 dry_run=dry_run,
                 progress=report,
             )
-    show_report(result, as_json, rejects)
+    further = (
+        "The sessions' keys are discord:<channel id>, of threads discord:<thread id>.",
+        "Next: `kotonoha-store embed`, then `kotonoha-store search WORDS --channel ID` (or --thread, --guild).",
+    )
+    show_report(result, as_json, rejects, *(() if dry_run else further))
 
 
-def show_report(report: ImportReport, as_json: bool, rejects: Path | None) -> None:
+def headline(report: ImportReport) -> RenderableType:
+    """What became of it all, in a sentence."""
+    if report.is_dry_run:
+        return plain("Dry run: nothing was written.", "bold")
+    if report.imported or any(counts.imported for counts in report.inner.values()):
+        return plain("Imported.", "bold")
+    return plain("Nothing was imported." if report.has_rejects else "Nothing new to import.", "bold")
+
+
+def set_aside(report: ImportReport, rejects: Path | None) -> list[RenderableType]:
+    """The first of what was set aside, and where the rest is."""
+    if not report.rejections:
+        return []
+    first = report.rejections[:_SHOWN]
+    people: list[RenderableType] = [table("set aside", "because", rows=[(each.where, each.reason) for each in first])]
+    more = max(report.set_aside, len(report.rejections)) - len(first)
+    and_more = [f"and {more} more"] if more else []
+    if rejects is not None:
+        people.append(plain("; ".join([*and_more, f"{rejects} keeps all"])))
+    else:
+        people.append(plain("; ".join([*and_more, "--rejects FILE keeps all, with their reasons"])))
+    return people
+
+
+def show_report(report: ImportReport, as_json: bool, rejects: Path | None, *further: str) -> None:
     """Print what an import did, and end with 1 where records were set aside."""
     kinds: list[tuple[str, Counts]] = [(report.what, report), *report.inner.items()]
     rows = [
         (kind, each.read, each.imported, each.unchanged, each.kept, each.skipped, each.rejected) for kind, each in kinds
     ]
+    imported = "would import" if report.is_dry_run else "imported"
+    # Only archiving tells.
+    unknown = ("sources", "chunks") if report.is_dry_run else ()
     people: list[RenderableType] = [
-        plain("Dry run: nothing was written." if report.is_dry_run else "Imported.", "bold"),
-        table("", "read", "imported", "unchanged", "kept", "left out", "set aside", rows=rows),
-        pairs([(key.replace("_", " "), value) for key, value in report.details.items()]),
-        *(plain(note) for note in report.notes),
+        headline(report),
+        table("", "read", imported, "unchanged", "kept", "left out", "set aside", rows=rows),
+        pairs([(key.replace("_", " "), value) for key, value in report.details.items() if key not in unknown]),
+        *(plain(note) for note in (*report.notes, *further)),
+        *set_aside(report, rejects),
     ]
-    if report.rejections:
-        people.append(table("set aside", "because", rows=[(each.where, each.reason) for each in report.rejections]))
-        total = sum(counts.rejected for _, counts in kinds)
-        if total > len(report.rejections):
-            people.append(plain(f"These are the first {len(report.rejections)} of {total}."))
-        if rejects is None:
-            people.append(plain("Run it again with --rejects FILE to keep these records with their reasons."))
     show(report, as_json, *people)
     if report.has_rejects:
         raise typer.Exit(FINDINGS)

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from rich.console import RenderableType
 
 from kotonoha_store.cli.app import MAINTAIN, AsJson, app, open_store, pairs, plain, progress, show
 
@@ -27,7 +28,7 @@ async def reembed(
         model = store.embedder.model
         with progress("Queueing", as_json) as report:
             result = await store.queue.requeue_embedded(model, everything=everything, dry_run=dry_run, progress=report)
-    people = [
+    people: list[RenderableType] = [
         plain("Dry run: nothing was written." if dry_run else "Queued.", "bold"),
         pairs(
             [

@@ -48,7 +48,7 @@ async def export(
         ("sources", result.sources),
         ("chunks", result.chunks),
         ("dead letters", result.dead_letters),
-        ("size", Size(result.size)),
+        ("size", Size(result.file_size or result.size)),
         ("sha256", result.sha256),
     ]
     show(result, as_json, plain("Exported.", "bold"), pairs(rows))

@@ -354,6 +354,7 @@ class _Run:
             details=dict(self._details),
             notes=tuple(notes),
             rejections=self._rejects.first,
+            set_aside=self._rejects.count,
             is_dry_run=self._dry_run,
         )
 

@@ -23,6 +23,8 @@ from kotonoha_store.index_builds import OnProgress
 from kotonoha_store.records import BigInt, Input, Instant, JsonObject, NewChunk, Progress, Scope, SourceType, StoredText
 from kotonoha_store.settings import Settings
 
+_BLOCK: Final = 2**16
+_LOOKED_AT: Final = 10
 _DAMAGED: Final = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -76,11 +78,12 @@ async def import_documents(
     Run again it goes on, and changes only what changed in the file.
 
     Raises:
-        InvalidInputError: the file cannot be read.
+        InvalidInputError: the file cannot be read, or holds no JSON lines at all.
         ConfigurationError, StoreUnavailableError: see there.
     """
-    with Rejects(None if dry_run else rejects) as aside:
+    with Rejects(rejects) as aside:
         reading = _Reading(path, database.settings, aside)
+        await asyncio.to_thread(reading.check)
         report = await load_documents(
             database,
             reading.documents(),
@@ -114,6 +117,7 @@ def _report(report: LoadReport, aside: Rejects, reading: "_Reading", *, dry_run:
         },
         notes=tuple(notes),
         rejections=aside.first,
+        set_aside=aside.count,
         is_dry_run=dry_run,
     )
 
@@ -131,6 +135,31 @@ class _Reading:
 
     def reject(self, error: InvalidInputError) -> None:
         self.aside.add(f"line {self._number}", str(error), self._line.decode(errors="replace").rstrip("\n"))
+
+    def check(self) -> None:
+        """Refuse what is no file of JSON lines, instead of setting each line of it aside.
+
+        Raises:
+            InvalidInputError: its first block holds NUL, or none of its first lines is JSON.
+        """
+        lines, size = 0, 0
+        for line in self._lines():
+            size += len(line)
+            if b"\0" in line[:_BLOCK]:
+                break
+            if not line.strip():
+                continue
+            if _is_json(line):
+                return
+            lines += 1
+            if lines == _LOOKED_AT or size > _BLOCK:
+                break
+        else:
+            if not lines:
+                return
+        raise InvalidInputError(
+            f"{self.path.name} holds no lines of JSON: give what `export` wrote, or a file with one JSON object a line"
+        )
 
     async def documents(self) -> AsyncIterator[NewDocument]:
         lines = self._lines()
@@ -179,6 +208,16 @@ class _Reading:
             scope=Scope(given.guild_id, given.channel_id, given.thread_id, given.user_id),
             metadata=given.metadata,
         )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def _parsed(line: bytes) -> DocumentLine:

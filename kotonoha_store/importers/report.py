@@ -1,6 +1,7 @@
 """What every import tells at its end, and where it puts what it could not take."""
 
 import base64
+import fcntl
 import json
 import os
 import stat
@@ -65,6 +66,7 @@ class ImportReport(Counts):
         details: further figures, by name.
         notes: sentences on what was decided and what to look at.
         rejections: the first :data:`REPORTED` records that were set aside.
+        set_aside: how many were, each of them once: a session as one, whose messages ``inner`` counts beside it.
         is_dry_run: whether nothing was written.
     """
 
@@ -73,6 +75,7 @@ class ImportReport(Counts):
     details: Mapping[str, int | str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rejections: tuple[Rejected, ...] = ()
+    set_aside: int = 0
     is_dry_run: bool = False
 
     @property
@@ -85,7 +88,8 @@ class Rejects:
     """Takes what is set aside: all of it into a file as it goes, the first ones into memory for the report.
 
     The file holds a JSON object a line: ``where``, ``reason``, ``record``. It is the owner's alone (0600), since the
-    records are private, and is appended to, so that an import that was stopped goes on in it. Use as a context manager.
+    records are private. A file of rejects that is there is begun anew, by the first record or by an end without any: an
+    import that was stopped sets the same aside again. Use as a context manager.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -94,7 +98,8 @@ class Rejects:
             path: where to; None keeps no records.
 
         Raises:
-            InvalidInputError: the file cannot be written, others may read it, or it holds something else.
+            InvalidInputError: the file cannot be written, others may read it, it holds something else, or another
+                import writes it.
         """
         self.count = 0
         self._path = path
@@ -109,11 +114,12 @@ class Rejects:
     ) -> None:
         if self._file is None or self._path is None:
             return
-        is_empty = os.fstat(self._file).st_size == 0
-        os.close(self._file)
-        self._file = None
+        # What failed before it set anything aside leaves those of the run before.
+        is_empty = os.fstat(self._file).st_size == 0 or (self.count == 0 and error is None)
         if is_empty:
             self._path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = None
 
     @property
     def first(self) -> tuple[Rejected, ...]:
@@ -137,6 +143,8 @@ class Rejects:
         if self._file is not None:
             line = memoryview(_line(where, reason, record))
             try:
+                if self.count == 1:
+                    os.ftruncate(self._file, 0)
                 while line:
                     line = line[os.write(self._file, line) :]
             except OSError as error:
@@ -165,8 +173,10 @@ def _open(path: Path) -> int:
             )
         if status.st_size and os.pread(file, len(_LINE_START), 0) != _LINE_START:
             raise InvalidInputError(f"{name(str(path))} exists and holds no rejects; give another file")
-        if status.st_size and os.pread(file, 1, status.st_size - 1) != b"\n":
-            os.write(file, b"\n")  # a line that was cut off must not spoil the next
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInputError(f"another import writes {name(str(path))} just now; give another file") from None
     except BaseException:
         os.close(file)
         raise

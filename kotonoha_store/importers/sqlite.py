@@ -272,6 +272,7 @@ class _Run:
             details=details,
             notes=tuple(notes),
             rejections=self._rejects.first,
+            set_aside=self._rejects.count,
             is_dry_run=self._dry_run,
         )
 
