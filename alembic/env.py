@@ -38,9 +38,13 @@ if "settings" not in config.attributes:
 
 
 def run(connection: Connection) -> None:
+    schema = migrations.version_table_schema(connection)
+    # Alembic given an open transaction would leave the commit to us.
+    connection.rollback()
     context.configure(
         connection=connection,
         target_metadata=target.metadata,
+        version_table_schema=schema,
         transaction_per_migration=True,
         compare_server_default=True,
     )

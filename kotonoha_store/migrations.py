@@ -36,6 +36,9 @@ from kotonoha_store.settings import Settings
 LOCK_ID: Final = 7_205_110_862_154_902_381
 LOCK_WAIT_SECONDS: Final = 600.0
 LOCK_TIMEOUT_SECONDS: Final = 30
+UNFINISHED: Final = "kotonoha_restore_unfinished"
+"""A table that a database has while it is being restored."""
+
 _POLL_SECONDS: Final = 0.1
 
 # Set for the role or the database, they would end a long index build, or the idle connection with the lock.
@@ -43,6 +46,22 @@ _NO_TIMEOUTS: Final = """
     SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN (
         'statement_timeout', 'transaction_timeout', 'idle_session_timeout', 'idle_in_transaction_session_timeout'
     )
+"""
+
+# Where the bare name leads, and where our revision stands: beside the library's tables, or where those would be made.
+# Where they have none beside them, the one that is seen: it was there before a schema was put in front of it.
+_VERSIONS: Final = """
+    FROM (
+        SELECT seen, CASE WHEN tables IS NULL THEN current_schema()
+            WHEN to_regclass(format('%I.alembic_version', tables)) IS NULL THEN coalesce(seen, current_schema())
+            ELSE tables END AS ours
+        FROM (
+            SELECT max(n.nspname) FILTER (WHERE c.oid = to_regclass('alembic_version')) AS seen,
+                max(n.nspname) FILTER (WHERE c.oid = to_regclass('knowledge_chunks')) AS tables
+            FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+            WHERE c.oid IN (to_regclass('alembic_version'), to_regclass('knowledge_chunks'))
+        ) AS visible
+    ) AS versions
 """
 
 # alembic.context is global to the process: one migration at a time in it, on whichever loop or thread.
@@ -88,12 +107,16 @@ async def upgrade(database: Database, revision: str = "head") -> None:
 
     Raises:
         ExtensionMissingError: pgvector is not there and cannot be created; the message says what to do.
-        ConfigurationError: the role may not change the schema, or the revision is unknown.
+        ConfigurationError: the role may not change the schema, the revision is unknown, or a restore into it was
+            interrupted.
         StoreTimeoutError: another migration held the lock too long, or a table was locked.
         StoreUnavailableError: the database did not answer. Run it again: what was done stays done.
     """
-    if revision == "head" and await current(database) == head():
+    now = await current(database)
+    if revision == "head" and now == head():
         return
+    if now is None:
+        await refuse_half_restored(database)
     await _change(database, lambda config: command.upgrade(config, revision))
 
 
@@ -117,11 +140,39 @@ async def check(database: Database) -> None:
         raise SchemaOutdatedError(f"the database is not at this library's revision: {error}") from error
 
 
+async def refuse_half_restored(database: Database) -> None:
+    """
+    Raises:
+        ConfigurationError: a restore into this database was interrupted, or is under way.
+    """
+    async with database.connect() as connection:
+        with translated_errors():
+            if (await connection.scalar(text("SELECT to_regclass(:name)"), {"name": UNFINISHED})) is not None:
+                raise ConfigurationError(
+                    "this database holds what an interrupted restore left (or one is under way); restore again with "
+                    "`kotonoha-store restore FILE --replace`, which drops this database first"
+                )
+
+
 async def current(database: Database) -> str | None:
     """Return the revision the database is at, or None when it was never migrated."""
     async with database.connect() as connection:
         with translated_errors():
-            return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+            return await connection.run_sync(_current)
+
+
+def _current(connection: Connection) -> str | None:
+    options = {"version_table_schema": version_table_schema(connection)}
+    return MigrationContext.configure(connection, opts=options).get_current_revision()
+
+
+def version_table_schema(connection: Connection) -> str | None:
+    """Return where ``alembic_version`` lies or belongs, or None where its bare name leads there (for ``env.py``).
+
+    That name may lead to another application's, further along the search_path.
+    """
+    schema: str | None = connection.scalar(text(f"SELECT ours {_VERSIONS} WHERE seen <> ours"))  # noqa: S608  constant
+    return schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +240,7 @@ async def with_connection(run: Callable[[Connection], None]) -> None:
     try:
         # The first keeps an embedded server running; the second goes past a pooler.
         async with await Database.open() as database, database.patient() as patient, locked(patient) as connection:
+            await refuse_half_restored(patient)
             with _errors():
                 await connection.run_sync(run)
     except StoreError as error:
@@ -288,14 +340,15 @@ def ensure_vector(connection: Connection) -> None:
         ExtensionMissingError: it cannot be created, is older than 0.8, or lies outside the search_path.
     """
     find = text(
-        "SELECT e.extversion, n.nspname, to_regtype('halfvec') IS NOT NULL FROM pg_extension e"
+        "SELECT e.extversion, n.nspname, to_regtype('halfvec') IS NOT NULL,"
+        " concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(n.nspname)) FROM pg_extension e"
         " JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
     )
     found = connection.execute(find).one_or_none()
     if found is None:
         _create_vector(connection)
         found = connection.execute(find).one()
-    version, schema, visible = found
+    version, schema, visible, search_path = found
     if tuple(int(part) for part in version.split(".")[:2]) < (0, 8):
         raise ExtensionMissingError(
             f"pgvector {version} is too old: searches need iterative index scans (0.8 or newer); "
@@ -304,7 +357,7 @@ def ensure_vector(connection: Connection) -> None:
     if not visible:
         raise ExtensionMissingError(
             f'pgvector is in the schema "{schema}", outside the search_path; run: '
-            f'ALTER ROLE CURRENT_USER SET search_path = "$user", public, "{schema}"'
+            f"ALTER ROLE CURRENT_USER SET search_path = {search_path}"
         )
 
 

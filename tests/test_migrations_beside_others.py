@@ -186,7 +186,7 @@ async def test_a_role_that_may_not_create_tables_is_told_so(empty_url: URL, serv
 
 async def test_an_extension_outside_the_search_path_is_told_and_inside_it_works(empty_url: URL) -> None:
     await run_sql(empty_url, "CREATE SCHEMA extensions", "CREATE EXTENSION vector SCHEMA extensions")
-    with pytest.raises(ExtensionMissingError, match=r'search_path.*"extensions"'):
+    with pytest.raises(ExtensionMissingError, match=r'search_path = "\$user", public, extensions$'):
         await upgrade(empty_url)
     await run_sql(empty_url, f'ALTER DATABASE {empty_url.database} SET search_path = "$user", public, extensions')
     async with Store.open(settings_for(empty_url), embedder=HashingEmbedder()) as store:
@@ -232,6 +232,54 @@ async def test_tables_go_where_the_search_path_points(empty_url: URL) -> None:
     assert [
         row[0] for row in await fetch(empty_url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
     ] == ["sessions"]
+
+
+@pytest.mark.parametrize("theirs", ["abc123", HEAD])
+async def test_another_applications_revision_further_along_the_search_path_is_not_ours(
+    empty_url: URL, theirs: str
+) -> None:
+    await run_sql(
+        empty_url,
+        "CREATE TABLE public.alembic_version (version_num varchar(32) PRIMARY KEY)",
+        f"INSERT INTO public.alembic_version VALUES ('{theirs}')",
+        'CREATE SCHEMA "K b"',
+        f'ALTER DATABASE "{empty_url.database}" SET search_path = "K b", public',
+    )
+    async with opened(empty_url) as database:
+        assert (await migrations.state(database)).state == "empty"
+        await migrations.upgrade(database)
+        assert await migrations.current(database) == HEAD
+        await migrations.check(database)
+        await migrations.downgrade(database, "base")
+        assert await migrations.current(database) is None
+        await migrations.upgrade(database)
+    assert await fetch(empty_url, "SELECT version_num FROM public.alembic_version") == [(theirs,)]
+    assert await fetch_value(empty_url, 'SELECT version_num FROM "K b".alembic_version') == HEAD
+
+
+async def test_tables_beside_their_revision_are_found_behind_an_empty_schema(migrated_url: URL) -> None:
+    await run_sql(
+        migrated_url,
+        "CREATE SCHEMA kb",
+        f'ALTER DATABASE "{migrated_url.database}" SET search_path = kb, public',
+    )
+    async with opened(migrated_url) as database:
+        assert await migrations.current(database) == HEAD
+        await migrations.downgrade(database, "0003")
+        await migrations.upgrade(database)
+    assert await fetch_value(migrated_url, "SELECT to_regclass('kb.alembic_version')") is None
+
+
+async def test_the_schema_of_the_extension_is_added_to_the_search_path_there_is(empty_url: URL) -> None:
+    await run_sql(
+        empty_url,
+        "CREATE SCHEMA mine",
+        'CREATE SCHEMA "e xt"',
+        'CREATE EXTENSION vector SCHEMA "e xt"',
+        f'ALTER DATABASE "{empty_url.database}" SET search_path = mine',
+    )
+    with pytest.raises(ExtensionMissingError, match='SET search_path = mine, "e xt"$'):
+        await upgrade(empty_url)
 
 
 async def test_a_foreign_table_of_the_same_name_is_told(empty_url: URL) -> None:
