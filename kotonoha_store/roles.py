@@ -336,9 +336,11 @@ async def _look(connection: AsyncConnection, wanted: dict[Role, str], schema: st
     }
     former -= {each.rolname for each in groups} | {owner}
     migrators = {each.rolname for each in owners if each.is_ours and not each.is_group}
-    migrators &= {where.role, *(owner_names[each.owner] for each in objects)} | {
-        each.rolname for each in owners if each.has_owner
-    }
+    # An administrator who merely runs this makes tables for others too: those are nobody's of these groups.
+    runner = set() if where.is_superuser else {where.role}
+    migrators &= (
+        runner | {owner_names[each.owner] for each in objects} | {each.rolname for each in owners if each.has_owner}
+    )
     return _Facts(
         names=wanted,
         database=where.database,

@@ -219,6 +219,15 @@ async def test_tables_made_later_are_covered_and_whoever_migrated_goes_on(manage
         assert found == [(True,)]
 
 
+async def test_what_an_administrator_makes_beside_ours_is_not_granted(managed: Managed, server_url: URL) -> None:
+    url = server_url.set(database=managed.first.database)
+    async with Database(url, settings_for(url)) as database:
+        await roles.grant(database, prefix=managed.prefix)
+        await rows(database, "CREATE TABLE payroll ()")
+        allowed = "SELECT has_table_privilege(:role, 'payroll', 'SELECT')"
+        assert await rows(database, allowed, role=f"{managed.prefix}_app") == [(False,)]
+
+
 async def test_nobody_else_creates_in_our_schema(managed: Managed, server_url: URL) -> None:
     """As databases have it that were made before PostgreSQL 15."""
     await run_sql(server_url.set(database=managed.first.database), "GRANT CREATE ON SCHEMA public TO PUBLIC")
