@@ -34,8 +34,9 @@ _KEPT: Final = {
     "dead_letter": {"id": "dead_letter", "original_chunk_id": "chunk"},
     "pause": {},
 }
-# PostgreSQL, "Numeric Types": digits before and after the decimal point.
-_DIGITS_BEFORE: Final = 131072
+# Digits before the decimal point: what Python's int() takes, so that the row can be read again; PostgreSQL would store
+# 131072. After it: PostgreSQL, "Numeric Types".
+_DIGITS_BEFORE: Final = 4300
 _DIGITS_AFTER: Final = 16383
 _END: Final = b'{"end":'
 _UNREADABLE: Final = "line"
@@ -381,7 +382,7 @@ def _json(value: Any, what: str) -> str:
     try:
         return _dump(value)
     except OverflowError:
-        raise InvalidInputError(f"{what} holds a number with more digits than PostgreSQL's numeric has") from None
+        raise InvalidInputError(f"{what} holds a number of too many digits to be stored and read again") from None
 
 
 def _is_numeric(number: str) -> bool:

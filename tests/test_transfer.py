@@ -18,6 +18,7 @@ from bulk_data import query
 from command_line import kotonoha
 from conftest import new_database, run_sql, settings_for
 from sqlalchemy import URL, text
+from sqlalchemy.exc import DBAPIError
 
 from kotonoha_store import (
     Base,
@@ -34,7 +35,7 @@ from kotonoha_store import (
 from kotonoha_store.importers.jsonl import import_documents
 from kotonoha_store.transfer import TABLES, ExportFilters, export_jsonl
 from kotonoha_store.transfer_import import import_jsonl
-from kotonoha_store.transfer_lines import parse_line
+from kotonoha_store.transfer_lines import _json, _Number, parse_line
 
 BIG = 2**63 - 1
 MOMENT = datetime(2026, 2, 3, 4, 5, 6, 789012, tzinfo=UTC)
@@ -289,6 +290,51 @@ async def test_what_was_made_of_a_session_is_not_taken_for_another_session_of_it
                 tx.session, "SELECT origin_session_key FROM knowledge_sources WHERE origin_session_id = 1"
             )
         assert own == (["beta"] if archived else [])
+
+
+async def test_a_file_whose_header_says_too_little_leaves_no_id_to_be_given_twice(
+    store: Store, other_url: URL, tmp_path: Path
+) -> None:
+    await fill(store)
+    path = tmp_path / "all.jsonl"
+    await export_jsonl(store.database, path)
+    path.write_bytes(re.sub(rb'"sequences":{[^}]*}', b'"sequences":{}', path.read_bytes()))
+    async with Store.open(settings_for(other_url)) as other:
+        await import_jsonl(other.database, path, partial=True)
+        async with other.begin() as tx:
+            await tx.sessions.append("new", [Message.user("text")], session_type="dm")
+            await tx.knowledge.put_document("new", [NewChunk("text")])
+            (last,) = await query(tx.session, "SELECT max(id) FROM knowledge_chunks")
+        assert last > 999999, "a dead letter may want its own back"
+
+
+@pytest.mark.parametrize(
+    ("number", "fits"),
+    [
+        ("1e4299", True),
+        ("-1.5E-16382", True),
+        ("1e4300", False),
+        ("1e131072", False),
+        ("1e-16384", False),
+        (f"1e{'9' * 5000}", False),
+    ],
+)
+async def test_a_number_that_could_not_be_stored_and_read_again_spoils_its_line_alone(
+    database: Database, number: str, fits: bool
+) -> None:
+    try:
+        _json(_Number(number), "metadata")
+    except InvalidInputError:
+        assert not fits
+    else:
+        assert fits
+    async with database.begin() as session:
+        try:
+            await session.execute(text(f"SELECT '{number}'::jsonb"))
+        except (DBAPIError, ValueError):
+            assert not fits
+        else:
+            assert fits
 
 
 async def test_a_stopped_import_goes_on(
