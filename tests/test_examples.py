@@ -253,7 +253,7 @@ async def test_readme_searches_run(store: Store) -> None:
 def test_readme_commands_are_what_is_run() -> None:
     quickstart, tests = re.findall(r"<!-- \w+ command -->\n```sh\n(.*)\n```", README)
     assert quickstart.endswith("examples/quickstart.py")
-    assert tests.endswith("-m pytest")
+    assert "-m pytest" in tests
     # CI takes the line from here.
     assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
