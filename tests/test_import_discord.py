@@ -291,6 +291,20 @@ async def test_attachments_stickers_and_embeds_speak_where_there_is_no_other_tex
     assert session.messages[1].metadata["reply_to"] == 2**60
 
 
+@pytest.mark.parametrize("number", [0, 2, 5])
+@pytest.mark.parametrize("wrong_id", ["notanumber", "1"])
+async def test_a_message_with_a_wrong_id_turns_no_file_around(
+    store: Store, write: Callable[..., Path], number: int, wrong_id: str
+) -> None:
+    messages = talk(6)
+    messages[number] = {**messages[number], "id": wrong_id}
+
+    report = await import_discord(store, [write(export(messages))])
+
+    assert report.imported == (5 if wrong_id == "notanumber" else 6)
+    assert report.inner["files"].rejected == 0
+
+
 async def test_only_the_named_bots_are_the_assistant(store: Store, write: Callable[..., Path]) -> None:
     await import_discord(store, [write(export(talk(2)))], bot_ids=[55])
 

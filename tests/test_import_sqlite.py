@@ -304,7 +304,8 @@ async def test_an_import_that_was_stopped_goes_on_where_it_was(
 
     assert counted(report) == (11, 3, 7, 0, 1)
     assert (await query(database, "SELECT count(*), count(DISTINCT session_key) FROM sessions"))[0] == (10, 10)
-    assert [json.loads(line)["where"] for line in rejects.read_text().splitlines()[::2]] == ["session a"] * 2
+    # Begun anew, with the same once more.
+    assert [json.loads(line)["where"] for line in rejects.read_text().splitlines()] == ["session a"]
 
 
 async def test_two_imports_at_once_write_each_session_once(
@@ -452,6 +453,30 @@ async def test_a_damaged_file_gives_what_can_be_read_and_tells_of_the_rest(
     assert any("recover" in note for note in report.notes)
 
 
+async def test_an_import_can_be_stopped_while_the_file_is_opened(
+    database: Database, old: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r WHERE n < 50000000) SELECT count(*) FROM r"
+    monkeypatch.setattr(sqlite_file, "_COUNT", endless)
+    counting = asyncio.Event()
+    connect = sqlite_file._open
+    loop = asyncio.get_running_loop()
+
+    def opened(path: Path) -> sqlite3.Connection:
+        connection = connect(path)
+        connection.set_trace_callback(lambda sql: loop.call_soon_threadsafe(counting.set) if sql == endless else None)
+        return connection
+
+    monkeypatch.setattr(sqlite_file, "_open", opened)
+    task = asyncio.create_task(import_sqlite(database, old(row())))
+    await counting.wait()
+    began = loop.time()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert loop.time() - began < 2
+
+
 async def test_a_database_that_goes_away_ends_the_import(database: Database, old: Callable[..., Path]) -> None:
     path = old(row("a"))
     await database.engine.dispose()
@@ -525,8 +550,40 @@ def test_the_command_line_tells_what_was_set_aside_and_ends_with_1(
     assert "no valid JSON" in shown.stdout
     assert "Dry run" in shown.stdout
     assert "--rejects FILE" in shown.stdout
+    assert "would import" in shown.stdout
     ran = kotonoha("import", "sqlite", path, "--json", "--rejects", str(tmp_path / "r.jsonl"), url=migrated_url)
     assert ran.code == 1
     assert (ran.json["imported"], ran.json["inner"]["messages"]["imported"]) == (1, 2)
     assert SECRET not in shown.stdout + ran.stdout + ran.stderr
     assert json.loads((tmp_path / "r.jsonl").read_text())["record"]["messages"] == f"{SECRET}["
+
+
+def test_what_was_set_aside_is_counted_once_and_named_up_to_ten(
+    migrated_url: URL, old: Callable[..., Path], tmp_path: Path
+) -> None:
+    def file(name: str, *rows: tuple[object, ...]) -> str:
+        return str(old(*rows).rename(tmp_path / name))
+
+    rejects = tmp_path / "r.jsonl"
+    # Its messages go with a session: they are no records of their own.
+    few = file("few", row("a", created_at="x"), row("b", "[]x"))
+
+    shown = kotonoha("import", "sqlite", few, "--rejects", str(rejects), url=migrated_url)
+    assert "Nothing was imported." in shown.stdout
+    assert "more" not in shown.stdout
+    assert len(rejects.read_text().splitlines()) == 2
+
+    # The same again, and more: not behind those of the last run.
+    many = file("many", *(row(f"bad {number}", "[]x") for number in range(12)))
+    shown = kotonoha("import", "sqlite", many, "--rejects", str(rejects), url=migrated_url)
+    assert shown.stdout.count("session bad") == 10
+    assert "and 2 more" in shown.stdout
+    kept = len(rejects.read_text().splitlines())
+    assert kept == kotonoha("import", "sqlite", many, "--json", url=migrated_url).json["set_aside"] == 12
+
+    # An import that fails leaves them, one without any removes them.
+    assert kotonoha("import", "sqlite", __file__, "--rejects", str(rejects), url=migrated_url).code == 3
+    assert rejects.exists()
+    good = file("good", row("good"))
+    assert kotonoha("import", "sqlite", good, "--rejects", str(rejects), url=migrated_url).code == 0
+    assert not rejects.exists()

@@ -155,7 +155,9 @@ class _Reading:
             if lines == _LOOKED_AT or size > _BLOCK:
                 break
         else:
-            if not lines:
+            is_damaged = bool(self.notes)
+            self.notes.clear()  # said when it is read
+            if not lines and not is_damaged:
                 return
         raise InvalidInputError(
             f"{self.path.name} holds no lines of JSON: give what `export` wrote, or a file with one JSON object a line"
