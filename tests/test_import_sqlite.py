@@ -400,6 +400,11 @@ def _other_table(path: Path) -> None:
     make(path, [], schema="CREATE TABLE sessions (session_key, a, messages, b, c, d, e, f)")
 
 
+def _view(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE VIEW sessions AS SELECT 1 AS session_key")
+
+
 def _empty(path: Path) -> None:
     path.touch()
 
@@ -413,6 +418,7 @@ async def test_a_file_that_is_not_the_old_bots_is_refused(database: Database, tm
         (_encrypted, "no SQLite file, or is encrypted"),
         (_other_table, "no column session_type, created_at, last_active_at"),
         (_empty, "no table named sessions"),
+        (_view, "no table named sessions"),
         (_folder, "is no file"),
         (lambda _: None, "is no file"),
     ]
@@ -456,7 +462,9 @@ async def test_a_damaged_file_gives_what_can_be_read_and_tells_of_the_rest(
 async def test_an_import_can_be_stopped_while_the_file_is_opened(
     database: Database, old: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r WHERE n < 50000000) SELECT count(*) FROM r"
+    endless = (
+        "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r WHERE n < 50000000) SELECT count(*) FROM r"
+    )
     monkeypatch.setattr(sqlite_file, "_COUNT", endless)
     counting = asyncio.Event()
     connect = sqlite_file._open

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -70,8 +71,10 @@ async def import_sqlite(
     zone = _zone(timezone)
     # One thread for the file, so that it is closed when nothing reads it any more.
     with Rejects(rejects) as rejected, ThreadPoolExecutor(1, "import-sqlite") as executor:
-        source = await _in(executor, lambda: SessionFile(path, zone, guild_id))
+        source: SessionFile | None = None
+        stop = threading.Event()
         try:
+            source = await _in(executor, lambda: SessionFile(path, zone, guild_id, stop))
             run = _Run(database, rejected, timezone, guild_id, dry_run=dry_run)
             progress = progress or (lambda _done, _total: None)
             progress(0, source.total)
@@ -82,8 +85,9 @@ async def import_sqlite(
                 run.reject_rest(source)
             return run.report()
         finally:
-            source.interrupt()
-            executor.submit(source.close)
+            stop.set()
+            if source is not None:
+                executor.submit(source.close)
 
 
 async def _in(executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:

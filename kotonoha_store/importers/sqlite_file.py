@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ _LONGEST: Final = 200_000_000
 _IDS: Final = ("channel_id", "thread_id", "user_id")
 _NEEDED: Final = ("session_key", "session_type", "messages", "created_at", "last_active_at")
 _LOCK_SECONDS: Final = 30.0
+_COUNT: Final = "SELECT count(*) FROM sessions"
+# Instructions of SQLite's machine between two looks at whether to go on: about a millisecond's.
+_STEPS: Final = 10_000
 
 
 @dataclass(slots=True)
@@ -47,18 +51,19 @@ class ReadSession:
 
 
 class SessionFile:
-    """The old file, open for reading."""
+    """The old file, open for reading; once ``stop`` is set, what is being read ends with an error."""
 
-    def __init__(self, path: Path, zone: tzinfo, guild_id: int | None) -> None:
+    def __init__(self, path: Path, zone: tzinfo, guild_id: int | None, stop: threading.Event) -> None:
         self.path = path
         self.damage: str | None = None
         self._zone = zone
         self._guild_id = guild_id
         self._number = 0
         self._connection = _open(path)
+        self._connection.set_progress_handler(stop.is_set, _STEPS)
         try:
             self._columns = self._find_columns()
-            self.total: int = self._connection.execute("SELECT count(*) FROM sessions").fetchone()[0]
+            self.total: int = self._connection.execute(_COUNT).fetchone()[0]
             columns = ", ".join(self._columns)
             # By key: two imports lock in the same order.
             self._rows = self._connection.execute(f"SELECT {columns} FROM sessions ORDER BY session_key")  # noqa: S608
@@ -70,8 +75,12 @@ class SessionFile:
             raise
 
     def _find_columns(self) -> list[str]:
+        # No view, which may compute anything, and no virtual table, which has no pages of its own.
+        tables = self._connection.execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND rootpage > 0 AND name = 'sessions' COLLATE NOCASE"
+        )
         found = {row[1] for row in self._connection.execute("PRAGMA table_info(sessions)")}
-        if not found:
+        if tables.fetchone() is None:
             raise InvalidInputError(f"{name(str(self.path))} has no table named sessions: is it the old bot's file?")
         if missing := [column for column in _NEEDED if column not in found]:
             raise InvalidInputError(
@@ -99,11 +108,6 @@ class SessionFile:
             length += len(raw["messages"]) if isinstance(raw["messages"], str | bytes) else 0
             batch.append(_read(raw, self._number, self._zone, self._guild_id))
         return batch
-
-    def interrupt(self) -> None:
-        """Let what is being read end now."""
-        with suppress(sqlite3.Error):
-            self._connection.interrupt()
 
     def close(self) -> None:
         self._connection.close()
