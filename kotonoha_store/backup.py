@@ -33,7 +33,6 @@ from kotonoha_store.backup_contents import (
     NO_TIMEOUTS,
     REVISION,
     SEQUENCES,
-    UNFINISHED,
     Manifest,
     checked,
     compare,
@@ -45,7 +44,7 @@ from kotonoha_store.backup_contents import (
 from kotonoha_store.checks import check_text
 from kotonoha_store.database import Database, sqlstate_of, translated_errors
 from kotonoha_store.errors import ConfigurationError, ExtensionMissingError, InvalidInputError, StoreError
-from kotonoha_store.migrations import SchemaState
+from kotonoha_store.migrations import UNFINISHED, SchemaState
 from kotonoha_store.records import Progress
 
 VERIFICATION: Final = "kotonoha_verify_"

@@ -15,9 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from kotonoha_store.database import Database, translated_errors
 from kotonoha_store.errors import InvalidInputError, StoreError
-
-UNFINISHED: Final = "kotonoha_restore_unfinished"
-"""A table that a database has while it is being restored."""
+from kotonoha_store.migrations import UNFINISHED
 
 REVISION: Final = "alembic_version"
 

@@ -6,7 +6,7 @@ finding, and the others go on. Nothing is changed.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -18,7 +18,7 @@ from kotonoha_store import migrations
 from kotonoha_store.checks import check_number
 from kotonoha_store.database import Database, translated_errors
 from kotonoha_store.doctor_findings import Case, Finding, Severity, error, ok, warning, worst
-from kotonoha_store.errors import SchemaOutdatedError, StoreError, StoreTimeoutError
+from kotonoha_store.errors import ConfigurationError, SchemaOutdatedError, StoreError, StoreTimeoutError
 from kotonoha_store.records import Progress
 
 __all__ = ["DoctorReport", "Finding", "Severity", "examine"]
@@ -75,13 +75,19 @@ class DoctorReport:
 
 
 async def examine(
-    database: Database, *, model: str | None = None, seconds_a_check: float = 15.0, progress: Progress | None = None
+    database: Database,
+    *,
+    model: str | None = None,
+    seconds_a_check: float = 15.0,
+    progress: Progress | None = None,
+    others: Sequence[Finding] = (),
 ) -> DoctorReport:
     """Ask everything.
 
     Args:
         model: the embedder's, whose vectors searches compare; None: any will do.
         seconds_a_check: how long one check may take.
+        others: what the caller found by itself; first in the report.
 
     Raises:
         StoreUnavailableError: the database did not answer.
@@ -100,13 +106,19 @@ async def examine(
         findings += await _asked(check, database, model, at, limit)
     if progress is not None:
         progress(len(checks), len(checks))
-    return DoctorReport(tuple(findings), time.perf_counter() - started)
+    return DoctorReport((*others, *findings), time.perf_counter() - started)
 
 
 async def _schema(database: Database, limit: float) -> tuple[list[Finding], migrations.SchemaState]:
     try:
         async with asyncio.timeout(limit):
             at = await migrations.state(database)
+            if at.state == "empty":
+                try:
+                    await migrations.refuse_half_restored(database)
+                except ConfigurationError as half_restored:
+                    seen, _, mend = str(half_restored).partition("; ")
+                    return [error("restore-unfinished", seen, mend)], at
     except (TimeoutError, StoreError) as failure:
         at = migrations.compare(None)
         return [_unasked("schema", failure, limit)], at

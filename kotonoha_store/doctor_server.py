@@ -86,12 +86,18 @@ async def pgvector(case: Case) -> list[Finding]:
         " to_regtype('halfvec') IS NOT NULL AS visible,"
         " current_setting('search_path') AS path, quote_ident(current_database()) AS database,"
         " (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS available,"
-        " to_regclass('idx_chunks_embedding') IS NOT NULL AS has_graph"
+        " to_regclass('idx_chunks_embedding') IS NOT NULL AS has_graph,"
+        " (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) OR EXISTS (SELECT"
+        " FROM pg_available_extension_versions AS v JOIN pg_available_extensions AS a ON a.name = v.name"
+        " AND a.default_version = v.version WHERE v.name = 'vector' AND v.trusted"
+        " AND has_database_privilege(current_database(), 'CREATE')) AS may_create"
         " FROM (SELECT 1) AS one LEFT JOIN (pg_extension AS e JOIN pg_namespace AS n ON n.oid = e.extnamespace)"
         " ON e.extname = 'vector'"
     )
     version, available = row["version"], row["available"]
     if version is None:
+        if case.at.state == "empty" and available is not None and row["may_create"]:
+            return [info("pgvector", f"pgvector {available} is not in this database yet: `migrate` creates it")]
         if available is None:
             mend = f"install pgvector on the server ({_INSTALL}), then let its administrator create the extension"
         else:

@@ -314,6 +314,14 @@ async def words(case: Case) -> list[Finding]:
     ]
 
 
+def _percent(number: int, total: int) -> str:
+    """In whole per cent, but neither all nor nothing where it is less or more."""
+    share = 100 * number / total
+    if 0 < share < 1:
+        return "<1 %"
+    return ">99 %" if 99 < share < 100 else f"{share:.0f} %"
+
+
 async def models(case: Case) -> list[Finding]:
     """The vectors are of one model, and it is the embedder's."""
     rows = await case.driver.fetch(
@@ -326,9 +334,10 @@ async def models(case: Case) -> list[Finding]:
     if not counts:
         return [ok("models", "there are no vectors yet")]
     total = sum(counts.values())
-    said = ", ".join(f"{model!r} {100 * number / total:.0f} %" for model, number in counts.items())
+    said = ", ".join(f"{model!r} {_percent(number, total)}" for model, number in counts.items())
     mend = (
-        "set KB_EMBEDDER and KB_EMBEDDING_MODEL to what made them, or add those texts again to embed them with this one"
+        "set KB_EMBEDDER and KB_EMBEDDING_MODEL to what made them, or embed those texts with this one: run "
+        "`kotonoha-store reembed`, with a worker"
     )
     if case.model is not None and case.model not in counts:
         return [

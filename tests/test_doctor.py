@@ -200,10 +200,36 @@ async def test_an_extension_outside_the_search_path(migrated_url: URL) -> None:
 
 async def test_a_database_that_was_never_migrated(empty_url: URL) -> None:
     found = await bad(empty_url)
-    assert list(found) == ["schema-empty", "pgvector-missing"]
+    assert list(found) == ["schema-empty"]
     assert "kotonoha-store migrate" in str(found["schema-empty"].mend)
-    await run_sql(empty_url, *found["pgvector-missing"].sql)
+    # This role may not create the extension.
+    name = f"kt_{uuid.uuid4().hex[:8]}"
+    await run_sql(empty_url, f"CREATE ROLE {name} LOGIN PASSWORD 'p'")
+    found = await bad(empty_url.set(username=name, password="p"))
+    assert list(found) == ["schema-empty", "pgvector-missing"]
+    await run_sql(empty_url, f"DROP ROLE {name}", *found["pgvector-missing"].sql)
     assert list(await bad(empty_url)) == ["schema-empty"]
+
+
+async def test_a_database_that_is_half_restored_is_named_and_not_migrated(empty_url: URL) -> None:
+    await run_sql(empty_url, "CREATE TABLE kotonoha_restore_unfinished ()")
+    found = await bad(empty_url)
+    assert list(found) == ["restore-unfinished"]
+    assert "--replace" in str(found["restore-unfinished"].mend)
+    async with Database(empty_url, settings_for(empty_url)) as database:
+        with pytest.raises(ConfigurationError, match="an interrupted restore left"):
+            await migrations.upgrade(database)
+
+
+async def test_settings_without_an_effect_and_a_missing_embedder_are_named(
+    shared: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", shared.render_as_string(hide_password=False))
+    monkeypatch.setenv("KB_EMBEDER", "hashing")
+    done = await asyncio.to_thread(CliRunner().invoke, app, ["doctor", "--json"])
+    found = {each["code"]: each for each in json.loads(done.stdout)["findings"] if each["severity"] == "warning"}
+    assert found["unknown-setting"]["mend"] == "write KB_EMBEDDER"
+    assert "OPENAI_API_KEY" in found["embedder"]["mend"]
 
 
 @pytest.mark.parametrize(("revision", "code", "said"), [("0001", "outdated", "migrate"), ("9999", "newer", "install")])
@@ -252,7 +278,9 @@ async def test_a_search_that_goes_past_the_index(shared: URL, monkeypatch: pytes
         # The same vectors, of somebody else's model.
         monkeypatch.undo()
         await run_sql(shared, "UPDATE knowledge_chunks SET embedding_model = 'other' WHERE id % 2 = 0")
-        assert list(await bad(shared)) == ["models-mixed"]
+        found = await bad(shared)
+        assert list(found) == ["models-mixed"]
+        assert "kotonoha-store reembed" in str(found["models-mixed"].mend)
         await run_sql(shared, "UPDATE knowledge_chunks SET embedding_model = 'other'")
         found = await bad(shared)
         assert list(found) == ["models-foreign"]
@@ -480,6 +508,15 @@ def test_versions_of_pgvector(version: str, available: str | None, severity: Sev
     assert said in finding.seen
     assert mend in str(finding.mend)
     assert ("REINDEX INDEX CONCURRENTLY idx_chunks_embedding" in finding.sql) == (version in ("0.8.0", "0.8.1"))
+
+
+def test_a_share_is_neither_all_nor_nothing_unless_it_is() -> None:
+    assert [doctor_tables._percent(number, 3224) for number in (3224, 3208, 16, 1612)] == [
+        "100 %",
+        ">99 %",
+        "<1 %",
+        "50 %",
+    ]
 
 
 def test_the_newest_pgvector_is_well() -> None:

@@ -71,6 +71,11 @@ def _given(variables: Mapping[str, str | None]) -> dict[str, str]:
     return {name.upper(): value for name, value in variables.items() if value}
 
 
+def unknown_variables() -> dict[str, str | None]:
+    """Return what is set and no setting has the name of, and which setting is meant."""
+    return _unknown(_given(os.environ) | _given(_of_env_file()))
+
+
 def _unknown(names: Mapping[str, str]) -> dict[str, str | None]:
     known = [field.upper() for field in Settings.model_fields]
     result: dict[str, str | None] = {}
