@@ -93,7 +93,7 @@ class Input(BaseModel):
         except ValidationError as error:
             # The offending value may be private: name the field and the rule, not the input.
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or type(self).__name__}: {e['msg']}"
+                ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
                 for e in error.errors(include_input=False, include_url=False)
             )
             raise InvalidInputError(f"invalid {type(self).__name__}: {problems}") from None

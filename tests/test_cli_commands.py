@@ -114,6 +114,46 @@ def test_a_search_must_say_where_and_finds_what_the_filters_keep(migrated_url: U
     assert kotonoha("search", "梅雨", "--since", "gestern", "--everywhere", url=migrated_url).code == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("recall thread:9 梅雨", 3, "--everywhere"),
+        ("search 梅雨 --everywhere --since 2025-02-01 --until 2025-01-01", 3, "--since must lie before --until\n"),
+        ("search 梅雨 --everywhere --mode fuzzy", 2, "'--mode': 'fuzzy' is not one of"),
+        ("search 梅雨 --everywhere -k 0", 2, "'--top-k' / '-k'"),
+        ("search 梅雨 --everywhere --threshold 7", 2, "'--threshold'"),
+        ("recall-check --wanted 7", 2, "'--wanted'"),
+        ("reindex --m 1", 2, "'--m'"),
+    ],
+)
+def test_what_a_command_refuses_is_said_in_its_own_words(
+    migrated_url: URL, arguments: str, code: int, said: str
+) -> None:
+    ran = kotonoha(*arguments.split(), url=migrated_url)
+    assert ran.code == code
+    assert said in ran.stderr
+    assert "Value error" not in ran.stderr
+    assert "filters" not in ran.stderr
+
+
+def test_where_no_query_can_be_embedded_searches_by_words_are_named(migrated_url: URL) -> None:
+    converse(migrated_url, "thread:1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # not listening: refused at once
+        base = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        for question in (("search", "梅雨", "--everywhere"), ("recall", "thread:1", "梅雨")):
+            none = kotonoha(*question, url=migrated_url, KB_EMBEDDER="auto")
+            assert none.code == 3
+            assert "set OPENAI_API_KEY" in none.stderr
+            assert "Store.open" not in none.stderr
+            away = kotonoha(*question, url=migrated_url, KB_EMBEDDER="openai", OPENAI_API_KEY="k", OPENAI_BASE_URL=base)
+            assert away.code == 4
+            assert "OPENAI_BASE_URL" in away.stderr
+            assert "--mode words" in none.stderr
+            assert "--mode words" in away.stderr
+            assert kotonoha(*question, "--mode", "words", url=migrated_url, KB_EMBEDDER="auto").code == 0
+
+
 def test_a_downgrade_says_what_is_lost_and_asks(migrated_url: URL) -> None:
     bury(migrated_url, ErrorCode.INVALID_INPUT)
     asyncio.run(run_sql(migrated_url, "INSERT INTO embedding_pauses (provider) VALUES ('a')"))
@@ -149,6 +189,7 @@ def test_the_sql_of_migrations_needs_no_database() -> None:
 
 
 def test_dead_letters_are_listed_shown_queued_again_and_discarded(migrated_url: URL) -> None:
+    assert kotonoha("dlq", "list", url=migrated_url).stdout == "no dead letters\n"
     bury(migrated_url, ErrorCode.INVALID_INPUT, ErrorCode.INVALID_INPUT, ErrorCode.SERVER_ERROR)
     listed = kotonoha("dlq", "list", "--error-code", "invalid_input", "--json", url=migrated_url).json["dead_letters"]
     assert len(listed) == 2

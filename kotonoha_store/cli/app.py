@@ -218,7 +218,8 @@ def describe(error: BaseException) -> tuple[str, str, int]:
         return name, str(error), FINDINGS
     if isinstance(error, _UsageError):
         path = error.ctx.command_path if error.ctx else "kotonoha-store"
-        return name, f"{error.format_message().rstrip('.')}; see `{path} --help`", USAGE
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        return name, f"{message}; see `{path} --help`", USAGE
     if isinstance(error, _Stopped):
         terminated = error.args[0] == signal.SIGTERM
         return "Interrupted", "interrupted; what was written stays", TERMINATED if terminated else INTERRUPTED
@@ -230,7 +231,11 @@ def describe(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, ValidationError):
         # Without the input, which may be private.
         first = error.errors(include_input=False, include_url=False)[0]
-        return name, f"invalid {'.'.join(map(str, first['loc'])) or error.title}: {first['msg']}", INPUT
+        return (
+            name,
+            f"invalid {'.'.join(map(str, first['loc'])) or error.title}: {first['msg'].removeprefix('Value error, ')}",
+            INPUT,
+        )
     if isinstance(error, OSError):
         about = f"{error.filename}: " if error.filename else ""
         return name, f"{about}{error.strerror or name}", INPUT
@@ -364,6 +369,21 @@ async def open_store(*, check: bool = True, embedder: bool = True) -> AsyncItera
         if check:
             (await migrations.state(store.database)).check()
         yield store
+
+
+def require_embedder(store: Store, else_: str = "") -> None:
+    """Refuse a store without an embedder, in the words of the command line.
+
+    Args:
+        else_: what can be done without one.
+    """
+    try:
+        _ = store.embedder
+    except ConfigurationError:
+        raise ConfigurationError(
+            "no embedder is configured: set OPENAI_API_KEY, or KB_EMBEDDER=local with KB_EMBEDDING_MODEL, or "
+            f"KB_EMBEDDER=hashing (finds wording, not meaning){else_}"
+        ) from None
 
 
 def origin_of_address(settings: Settings) -> str:

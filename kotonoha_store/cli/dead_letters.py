@@ -59,7 +59,7 @@ async def list_(
         }
         for each in letters
     ]
-    show({"dead_letters": value}, as_json, table(*columns, rows=rows))
+    show({"dead_letters": value}, as_json, table(*columns, rows=rows) if rows else plain("no dead letters"))
 
 
 @dlq_app.command("show")

@@ -57,6 +57,9 @@ def search_filters(
     Raises:
         InvalidInputError: a value cannot be searched for.
     """
+    start, end = moment(since, "--since"), moment(until, "--until")
+    if start is not None and end is not None and start >= end:
+        raise InvalidInputError("--since must lie before --until")
     return SearchFilters(
         guild_id=guild,
         channel_id=channel,
@@ -66,8 +69,8 @@ def search_filters(
         source_ids=tuple(sources) if sources else None,
         source_types=tuple(source_types) if source_types else None,
         session_keys=tuple(session_keys) if session_keys else None,
-        since=moment(since, "--since"),
-        until=moment(until, "--until"),
+        since=start,
+        until=end,
     )
 
 

@@ -44,18 +44,20 @@ async def reindex(
     names: Annotated[list[str] | None, typer.Argument(help="Only these indexes.", show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every index of the library's tables.")] = False,
     broken: Annotated[bool, typer.Option("--broken", help="Only what is missing or invalid.")] = False,
-    m: Annotated[int | None, typer.Option(help="Neighbours per element of the HNSW index, 2 to 100.")] = None,
+    m: Annotated[int | None, typer.Option(min=2, max=100, help="Neighbours per element of the HNSW index.")] = None,
     ef_construction: Annotated[
-        int | None, typer.Option(help="Candidates looked at while it is built, 4 to 1000, at least twice m.")
+        int | None, typer.Option(min=4, max=1000, help="Candidates looked at while it is built; at least twice m.")
     ] = None,
     memory: Annotated[str | None, typer.Option(help="maintenance_work_mem for the HNSW index, such as 4GB.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that help to build the HNSW index.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=1024, help="Processes that help to build the HNSW index.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Build indexes again beside running searches and writes, and mend what is broken.
 
     Without names: the HNSW index, and every index that is missing or invalid. Worth it after many deletions (see
-    `recall`), after other options, and where an import or a build was cut short. Its options are those of --m and
+    `recall-check`), after other options, and where an import or a build was cut short. Its options are those of --m and
     --ef-construction, else KB_HNSW_M and KB_HNSW_EF_CONSTRUCTION where they are set, else the index's own. By
     default the memory follows the table's size, up to half of the server's effective_cache_size (1 GB where that was
     never set).

@@ -1,5 +1,7 @@
 """search, recall, recall-check."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -7,7 +9,19 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from kotonoha_store.cli.app import FINDINGS, INSPECT, USE, AsJson, app, open_store, pairs, plain, show, table
+from kotonoha_store.cli.app import (
+    FINDINGS,
+    INSPECT,
+    USE,
+    AsJson,
+    app,
+    open_store,
+    pairs,
+    plain,
+    require_embedder,
+    show,
+    table,
+)
 from kotonoha_store.cli.filters import (
     Channel,
     Everywhere,
@@ -22,8 +36,18 @@ from kotonoha_store.cli.filters import (
     require_scope,
     search_filters,
 )
+from kotonoha_store.errors import (
+    ConfigurationError,
+    EmbedderConfigurationError,
+    EmbeddingError,
+    InvalidInputError,
+    NotFoundError,
+    RateLimitedError,
+    StoreUnavailableError,
+    TransientEmbeddingError,
+)
 from kotonoha_store.search_records import SearchHit, SearchResult
-from kotonoha_store.store import FROM_SETTINGS
+from kotonoha_store.store import FROM_SETTINGS, Store
 
 _EXCERPT = 300
 
@@ -50,11 +74,12 @@ async def search(
         Mode, typer.Option(help="By meaning, by words (needs no embedder), or by both, which finds the most.")
     ] = Mode.HYBRID,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", "-k", help="At most so many hits; KB_DEFAULT_TOP_K by default.")
+        int | None,
+        typer.Option("--top-k", "-k", min=1, max=1000, help="At most so many hits; KB_DEFAULT_TOP_K by default."),
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Least similarity, -1 to 1; by meaning KB_SIMILARITY_THRESHOLD by default, else none."),
+        typer.Option(min=-1, max=1, help="Least similarity; by meaning KB_SIMILARITY_THRESHOLD by default, else none."),
     ] = None,
     no_threshold: Annotated[bool, typer.Option("--no-threshold", help="By meaning: hide no hit.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Whole texts instead of their beginnings.")] = False,
@@ -91,7 +116,7 @@ async def search(
     if threshold is not None and no_threshold:
         raise typer.BadParameter("give --threshold or --no-threshold, not both")
     wanted: Any = None if no_threshold else FROM_SETTINGS if threshold is None else threshold
-    async with open_store(embedder=mode is not Mode.WORDS) as store:
+    async with open_store(embedder=mode is not Mode.WORDS) as store, _embedding(store, mode.value):
         result = await store.search(
             query, mode=mode.value, top_k=top_k, threshold=wanted, filters=filters, everywhere=everywhere
         )
@@ -102,9 +127,13 @@ async def search(
 async def recall(
     session_key: Annotated[str, typer.Argument(help="The conversation; it need not exist where filters are given.")],
     question: Annotated[str, typer.Argument(help="Usually what the person just said; quote it.")],
-    max_tokens: Annotated[int, typer.Option(help="Of messages and hits together (cl100k_base).")] = 2000,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Of messages and hits together (cl100k_base).")
+    ] = 2000,
     mode: Annotated[RecallMode, typer.Option(help="words needs no embedder.")] = RecallMode.HYBRID,
-    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="How many hits to choose from.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", "-k", min=1, max=1000, help="How many hits to choose from.")
+    ] = None,
     guild: Guild = None,
     channel: Channel = None,
     thread: Thread = None,
@@ -134,16 +163,22 @@ async def recall(
     )
     if not filters.is_empty:
         require_scope(filters, everywhere)
-    async with open_store(embedder=mode is not RecallMode.WORDS) as store:
-        result = await store.recall(
-            session_key,
-            question,
-            max_tokens,
-            filters=None if filters.is_empty else filters,
-            everywhere=everywhere,
-            mode=mode.value,
-            top_k=top_k,
-        )
+    async with open_store(embedder=mode is not RecallMode.WORDS) as store, _embedding(store, mode.value):
+        try:
+            result = await store.recall(
+                session_key,
+                question,
+                max_tokens,
+                filters=None if filters.is_empty else filters,
+                everywhere=everywhere,
+                mode=mode.value,
+                top_k=top_k,
+            )
+        except NotFoundError:
+            raise NotFoundError(
+                f"no session has the key {session_key!r} (`kotonoha-store sessions` lists them); say where to look "
+                "instead, such as --guild, --channel, or --everywhere for all that is stored"
+            ) from None
     people: list[RenderableType] = [plain(f"{each.author or each.role}: {each.content}") for each in result.messages]
     if context := result.context():
         people += [plain(""), plain(context)]
@@ -161,9 +196,9 @@ async def recall(
 @app.command("recall-check", rich_help_panel=INSPECT)
 async def recall_check(
     model: Annotated[str | None, typer.Option(help="Whose vectors; the configured embedder's by default.")] = None,
-    sample: Annotated[int, typer.Option(help="How many stored vectors to search for.")] = 50,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", help="How many neighbours of each.")] = 10,
-    wanted: Annotated[float, typer.Option(help="The share to reach, 0 to 1.")] = 0.98,
+    sample: Annotated[int, typer.Option(min=1, max=10_000, help="How many stored vectors to search for.")] = 50,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, max=500, help="How many neighbours of each.")] = 10,
+    wanted: Annotated[float, typer.Option(min=0, max=1, help="The share to reach.")] = 0.98,
     as_json: AsJson = False,
 ) -> None:
     """Measure how much of what is nearest the vector index finds. Ends with 1 below --wanted.
@@ -173,6 +208,8 @@ async def recall_check(
     Example: kotonoha-store recall-check --sample 100
     """
     async with open_store(embedder=model is None) as store:
+        if model is None:
+            require_embedder(store, ", or name the model whose vectors to look at: --model")
         report = await store.recall_check(model=model, sample=sample, top_k=top_k, wanted=wanted)
     enough = report.ef_search_for_wanted
     people = [
@@ -191,6 +228,25 @@ async def recall_check(
     show({"report": report, "is_good": report.is_good}, as_json, *people)
     if not report.is_good:
         raise typer.Exit(FINDINGS)
+
+
+@asynccontextmanager
+async def _embedding(store: Store, mode: str) -> AsyncIterator[None]:
+    """Of an embedder that is missing or fails, say what to do on the command line."""
+    if mode == "words":
+        yield
+        return
+    words = "--mode words needs no embedder"
+    require_embedder(store, f"; {words}")
+    try:
+        yield
+    except (RateLimitedError, TransientEmbeddingError) as error:
+        where = "" if isinstance(error, RateLimitedError) else "see OPENAI_BASE_URL, or "
+        raise StoreUnavailableError(f"{error}; try again, {where}search without it: {words}") from error
+    except EmbedderConfigurationError as error:
+        raise ConfigurationError(f"{error}; {words}") from error
+    except EmbeddingError as error:
+        raise InvalidInputError(f"the query cannot be embedded: {error}; {words}") from error
 
 
 def _result(result: SearchResult, full: bool) -> list[RenderableType]:

@@ -14,7 +14,19 @@ from typing import Annotated, Any, Final
 import typer
 from sqlalchemy import select
 
-from kotonoha_store.cli.app import FINDINGS, USE, AsJson, app, open_store, pairs, plain, progress, show, table
+from kotonoha_store.cli.app import (
+    FINDINGS,
+    USE,
+    AsJson,
+    app,
+    open_store,
+    pairs,
+    plain,
+    progress,
+    require_embedder,
+    show,
+    table,
+)
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, StoreError
 from kotonoha_store.models import Session
@@ -90,6 +102,7 @@ async def embed(as_json: AsJson = False) -> None:
     Example: kotonoha-store embed
     """
     async with open_store() as store:
+        require_embedder(store)
         worker = store.embedding_worker
         with progress("Embedding", as_json) as report:
             async with _watched(store.queue, report):
@@ -119,9 +132,11 @@ async def worker(
         int | None, typer.Option(min=0, max=65535, help="Serve Prometheus' metrics on this port (extra metrics).")
     ] = None,
     metrics_host: Annotated[str, typer.Option(help="On which address.")] = "127.0.0.1",
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line, to stderr.")] = False,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As --log-json, and at the end one JSON object that says it stopped.")
+    ] = False,
 ) -> None:
     """Archive and embed until SIGTERM or Ctrl-C. Start as many as you like, on as many machines.
 
@@ -137,6 +152,7 @@ async def worker(
     # Signals first: who starts this in a container may stop it while it still connects.
     with _logging(level, log_json or as_json), stop_on_signals() as stop, _metrics(metrics_host, metrics_port):
         async with open_store() as store:
+            require_embedder(store)
             await store.run(stop)
     show({"stopped": True}, as_json)
 
