@@ -53,7 +53,7 @@ class RelationSize:
 
     Attributes:
         table: of an index, else None.
-        rows: of a table, as the planner estimates them; None before the first ANALYZE.
+        rows: of a table, about: the planner's estimate; before the first ANALYZE what was counted of writes.
         bytes: of a table without its indexes.
     """
 
@@ -70,12 +70,14 @@ class StoreStatus:
     Attributes:
         sessions: how many of each status.
         sources: how many of each status.
+        chunks: all of them, with and without a vector.
         pauses: providers that are left alone or have failed lately.
         database_bytes: of the whole database, whoever else uses it.
     """
 
     sessions: dict[SessionStatus, int]
     sources: dict[SourceStatus, int]
+    chunks: int
     queue: QueueDepth
     pauses: tuple[ProviderPause, ...]
     tables: tuple[RelationSize, ...]
@@ -149,7 +151,8 @@ _CONNECTION: Final = """
 """
 
 _TABLE_SIZES: Final = """
-    SELECT c.relname AS name, NULL AS table, CASE WHEN c.reltuples >= 0 THEN c.reltuples::bigint END AS rows,
+    SELECT c.relname AS name, NULL AS table,
+        CASE WHEN c.reltuples >= 0 THEN c.reltuples::bigint ELSE pg_stat_get_live_tuples(c.oid) END AS rows,
         pg_table_size(c.oid) AS bytes
     FROM pg_class AS c JOIN unnest(CAST(:tables AS text[])) AS t ON c.oid = to_regclass(t)
     ORDER BY bytes DESC, name
@@ -223,7 +226,7 @@ async def connection_report(database: Database) -> ConnectionReport:
 
 
 async def store_status(database: Database) -> StoreStatus:
-    """Count sessions, sources and the queue, and measure tables and indexes.
+    """Count sessions, sources, chunks and the queue, and measure tables and indexes.
 
     Raises:
         SchemaOutdatedError: a table is missing.
@@ -234,12 +237,14 @@ async def store_status(database: Database) -> StoreStatus:
         with translated_errors():
             sessions = await _by_status(connection, "sessions")
             sources = await _by_status(connection, "knowledge_sources")
+            chunks = (await connection.execute(text("SELECT count(*) FROM knowledge_chunks"))).scalar_one()
             tables = await _rows(connection, _TABLE_SIZES)
             indexes = await _rows(connection, _INDEX_SIZES)
             size = (await connection.execute(text("SELECT pg_database_size(current_database())"))).scalar_one()
     return StoreStatus(
         sessions={each: sessions.get(each.value, 0) for each in SessionStatus},
         sources={each: sources.get(each.value, 0) for each in SourceStatus},
+        chunks=chunks,
         queue=await queue.depth(),
         pauses=tuple(await queue.pauses()),
         tables=tuple(RelationSize(**row) for row in tables),

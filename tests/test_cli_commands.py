@@ -72,7 +72,8 @@ def test_from_an_empty_database_to_a_hit(empty_url: URL) -> None:
     archived = kotonoha("archive", "--idle-hours", "0", "--json", url=empty_url).json
     assert (archived["archived"], archived["failed"]) == (2, [])
     waiting = kotonoha("status", "--json", url=empty_url).json
-    assert waiting["queue"]["ready"] == archived["chunks"] > 0
+    assert waiting["queue"]["ready"] == waiting["chunks"] == archived["chunks"] > 0
+    assert None not in {each["rows"] for each in waiting["tables"]}  # though nobody has analysed them
     assert waiting["sources"]["pending"] == waiting["sessions"]["archived"] == 2
     assert {each["name"] for each in waiting["tables"]} >= {"sessions", "knowledge_chunks"}
 
@@ -152,6 +153,19 @@ def test_where_no_query_can_be_embedded_searches_by_words_are_named(migrated_url
             assert "--mode words" in none.stderr
             assert "--mode words" in away.stderr
             assert kotonoha(*question, "--mode", "words", url=migrated_url, KB_EMBEDDER="auto").code == 0
+
+
+def test_a_session_is_shown_with_its_last_messages(migrated_url: URL) -> None:
+    converse(migrated_url, "thread:1")
+    shown = kotonoha("sessions", "--key", "thread:1", "--limit", "3", url=migrated_url).stdout
+    assert "3 of 40" in shown
+    assert shown.count("六月の北海道に梅雨はない。") == 2
+    assert "assistant" in shown
+    session = kotonoha("sessions", "--key", "thread:1", "--json", url=migrated_url).json["session"]
+    assert len(session["messages"]) == session["message_count"] == 40
+    assert session["messages"][0]["role"] == "user"
+    assert kotonoha("sessions", "--key", "thread:9", url=migrated_url).code == 3
+    assert kotonoha("sessions", "--key", "thread:1", "--guild", "7", url=migrated_url).code == 2
 
 
 def test_a_downgrade_says_what_is_lost_and_asks(migrated_url: URL) -> None:

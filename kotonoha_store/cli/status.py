@@ -1,5 +1,6 @@
 """status, stats, sessions."""
 
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -22,15 +23,15 @@ from kotonoha_store.cli.app import (
     table,
 )
 from kotonoha_store.cli.filters import Channel, Guild, Thread, User
-from kotonoha_store.records import SessionStatus
+from kotonoha_store.records import SCOPE_FIELDS, SessionRecord, SessionStatus
 from kotonoha_store.statistics import StoreStatistics, StoreStatus
 
 
 @app.command(rich_help_panel=INSPECT)
 async def status(as_json: AsJson = False) -> None:
-    """Show what is stored and what waits: sessions, sources, queue, dead letters, paused providers, sizes.
+    """Show what is stored and what waits: sessions, sources, chunks, queue, dead letters, paused providers, sizes.
 
-    Rows of tables are the planner's estimate; everything else is counted.
+    Rows of tables are the server's estimate; everything else is counted.
 
     Example: kotonoha-store status
     """
@@ -80,13 +81,26 @@ async def sessions(
     thread: Thread = None,
     user: User = None,
     after: Annotated[int, typer.Option(help="The last id of the page before.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many, of messages the last.")] = 50,
+    key: Annotated[
+        str | None, typer.Option(help="Only this session, with the messages it still holds.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List sessions in the order of their ids, without their messages.
+    """List sessions in the order of their ids, without their messages; or show one, with its last messages.
 
-    Example: kotonoha-store sessions --status active --guild 123
+    With --key only --limit counts. Messages that were archived and trimmed are in its sources: `search --session-key`.
+
+    Example: kotonoha-store sessions --key thread:42
     """
+    if key is not None:
+        if after or any(each is not None for each in (state, guild, channel, thread, user)):
+            raise typer.BadParameter("--key names one session: give no other condition with it")
+        async with open_store(embedder=False) as store, store.begin() as tx:
+            one = await tx.sessions.load(key, last=limit)
+        value = {**asdict(replace(one, messages=())), "messages": [each.to_stored() for each in one.messages]}
+        show({"session": value}, as_json, *_session(one))
+        return
     async with open_store(embedder=False) as store, store.begin() as tx:
         found = await tx.sessions.list(
             after_id=after,
@@ -105,6 +119,30 @@ async def sessions(
     show({"sessions": found}, as_json, table(*columns, rows=rows))
 
 
+def _session(session: SessionRecord) -> list[RenderableType]:
+    first = session.messages_offset + session.message_count - len(session.messages)
+    rows = [
+        (number, each.timestamp, each.author, each.role, each.content)
+        for number, each in enumerate(session.messages, first)
+    ]
+    shown = f"{len(session.messages)} of {session.message_count}"
+    return [
+        pairs(
+            [
+                ("key", session.session_key),
+                ("id", session.id),
+                ("type", session.session_type),
+                ("status", session.status),
+                *((name, None if (at := getattr(session.scope, name)) is None else str(at)) for name in SCOPE_FIELDS),
+                ("last active", session.last_active_at),
+                ("messages", shown if session.message_count > len(session.messages) else session.message_count),
+            ]
+        ),
+        plain(""),
+        table("number", "time", "author", "role", "text", rows=rows),
+    ]
+
+
 def _status(result: StoreStatus) -> list[RenderableType]:
     queue = result.queue
     tables = {each.name: each for each in result.tables}
@@ -114,6 +152,8 @@ def _status(result: StoreStatus) -> list[RenderableType]:
         pairs((status.value, count) for status, count in result.sessions.items()),
         _heading("Sources"),
         pairs((status.value, count) for status, count in result.sources.items()),
+        _heading("Chunks"),
+        pairs([("all", result.chunks), ("waiting for a vector", queue.ready + queue.waiting)]),
         _heading("Embedding queue"),
         pairs(
             [
