@@ -256,6 +256,13 @@ class Database:
                 "DATABASE_URL has a parameter (after the ?) that the driver or the server refuses "
                 f"({type(error).__name__}); correct or remove it"
             ) from error
+        except ValueError as error:
+            # A certificate that is refused is one of these, too.
+            if isinstance(error, OSError):
+                raise
+            raise ConfigurationError(
+                f"the host or port in DATABASE_URL or POSTGRES_HOST cannot be used ({type(error).__name__}); correct it"
+            ) from error
 
     async def connect_apart(self) -> Any:
         """Make a driver's connection outside the pool and past any pooler, in one try; the caller closes it.

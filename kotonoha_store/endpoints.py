@@ -1,6 +1,7 @@
 """Where the database is: the settings' addresses, the pooler before it, and the driver's arguments for both."""
 
 import math
+import re
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -54,16 +55,16 @@ def database_url(settings: Settings) -> URL | None:
     """
     if settings.postgres_host is not None:
         password = settings.postgres_password
-        is_socket = settings.postgres_host.startswith("/")
-        return URL.create(
+        addresses = [_address(each, "POSTGRES_HOST") for each in settings.postgres_host.split(",")]
+        if any(port for _, port in addresses):
+            raise ConfigurationError("POSTGRES_HOST names a port too; give the host alone and set POSTGRES_PORT")
+        url = URL.create(
             "postgresql",
             username=settings.postgres_user,
             password=password.get_secret_value() if password else None,
-            host=None if is_socket else settings.postgres_host,
-            port=None if is_socket else settings.postgres_port,
             database=settings.postgres_db,
-            query={"host": settings.postgres_host, "port": str(settings.postgres_port)} if is_socket else {},
         )
+        return _at(url, [(host, str(settings.postgres_port)) for host, _ in addresses])
     if settings.database_url is None:
         return None
     otherwise = ", or set POSTGRES_HOST, POSTGRES_USER, POSTGRES_PASSWORD"
@@ -76,8 +77,11 @@ def postgres_url(value: SecretStr, variable: str, *, otherwise: str = "") -> URL
     Raises:
         ConfigurationError: it cannot be read or is not PostgreSQL's. Its value is not shown.
     """
+    text = value.get_secret_value()
+    # Several hosts with ports, which SQLAlchemy does not read there.
+    several = _SEVERAL_HOSTS.fullmatch(text)
     try:
-        url = parse_url(value.get_secret_value())
+        url = parse_url(text if several is None else several["before"] + (several["after"] or ""))
     except (ArgumentError, ValueError):
         raise ConfigurationError(
             f"{variable} cannot be read; write postgresql://user:password@host:port/database "
@@ -87,7 +91,63 @@ def postgres_url(value: SecretStr, variable: str, *, otherwise: str = "") -> URL
         raise ConfigurationError(
             f"{variable} names the database system {url.get_backend_name()!r}; this library needs postgresql://"
         )
-    return url.set(drivername="postgresql")
+    url = url.set(drivername="postgresql")
+    if several is not None:
+        return _at(url, [_address(each, variable) for each in several["hosts"].split(",")])
+    ports = [_port(each, variable) for each in _items(url.query.get("port"))]
+    if url.host is not None or "host" not in url.query:
+        return url
+    addresses = [_address(each, variable) for each in _items(url.query["host"])]
+    if len(ports) not in (0, 1, len(addresses)):
+        raise ConfigurationError(
+            f"{variable} names {len(addresses)} hosts and {len(ports)} ports; give one port or each"
+        )
+    given = ports * len(addresses) if len(ports) == 1 else ports or [""] * len(addresses)
+    pairs = zip(addresses, given, strict=True)
+    return _at(url, [(host, port or other) for (host, port), other in pairs], in_query=True)
+
+
+_SEVERAL_HOSTS: Final = re.compile(
+    r"(?P<before>[^:/]+://(?:[^@]*@)?+)(?P<hosts>[^/?@,]*,[^/?@]*)(?P<after>[/?].*)?", re.DOTALL
+)
+_BRACKETED: Final = re.compile(r"\[([^\]]+)\](?::(.*))?")
+
+
+def _items(value: str | tuple[str, ...] | None) -> list[str]:
+    return [] if value is None else (value if isinstance(value, str) else ",".join(value)).split(",")
+
+
+def _address(value: str, variable: str) -> tuple[str, str]:
+    # A host and its port, or "": also a socket's folder, and IPv6 with and without brackets.
+    if value.startswith("/"):
+        return value, ""
+    if (bracketed := _BRACKETED.fullmatch(value)) is not None:
+        host, port = bracketed[1], bracketed[2] or ""
+    elif value.count(":") > 1:
+        host, port = value, ""
+    else:
+        host, _, port = value.partition(":")
+    if not host or not set(host).isdisjoint("[]@/?#"):
+        raise ConfigurationError(f"{variable} has a host that cannot be read; several are written h1:5432,h2:5432")
+    return host, _port(port, variable) if port else ""
+
+
+def _port(value: str, variable: str) -> str:
+    if not (value.isascii() and value.isdecimal() and 1 <= int(value[:6]) <= 65535):
+        raise ConfigurationError(f"the port in {variable} must be 1 to 65535")
+    return value
+
+
+def _at(url: URL, addresses: list[tuple[str, str]], *, in_query: bool = False) -> URL:
+    # Several, and sockets, where the driver reads lists of them.
+    (first, port), *others = addresses
+    if not others and not in_query and not first.startswith("/"):
+        return url.set(host=first, port=int(port) if port else None)
+    hosts = [f"[{host}]" if ":" in host and not host.startswith("/") else host for host, _ in addresses]
+    query = {"host": ",".join(hosts)}
+    if any(port for _, port in addresses):
+        query["port"] = ",".join(port or "5432" for _, port in addresses)
+    return url.update_query_dict(query)
 
 
 def parse_url(value: str) -> URL:
@@ -115,8 +175,17 @@ def _looks_pooled(url: URL) -> bool:
         if value not in _YES | _NO:
             raise ConfigurationError("pgbouncer in DATABASE_URL must be true or false")
         return value in _YES
+    if url.host is None and (hosts := _items(url.query.get("host"))):
+        ports = _items(url.query.get("port"))
+        return any(_is_poolers(host.lower()) for host in hosts) or any(
+            port.isdecimal() and int(port) in _POOLER_PORTS for port in ports
+        )
     host, port = _host_and_port(url)
-    return host.partition(".")[0].endswith(_POOLER_SUFFIX) or port in _POOLER_PORTS
+    return _is_poolers(host) or port in _POOLER_PORTS
+
+
+def _is_poolers(host: str) -> bool:
+    return host.partition(".")[0].endswith(_POOLER_SUFFIX)
 
 
 def _host_and_port(url: URL) -> tuple[str, int | None]:
@@ -196,8 +265,10 @@ def connect_arguments(
     arguments: dict[str, Any] = {"timeout": timeout, "command_timeout": command_timeout}
     if is_pooled(url, settings) if pooled is None else pooled:
         # The driver names the host in TLS already, so what Neon reads in `options` it need not.
-        if str(query.get("options", "")).startswith("endpoint="):
-            query.pop("options")
+        if (options := query.pop("options", None)) is not None:
+            words = (options if isinstance(options, str) else " ".join(options)).split()
+            if kept := [word for word in words if not word.startswith("endpoint=")]:
+                query["options"] = " ".join(kept)
         if lost := sorted(name for name in query if name in _OF_A_SESSION or name.endswith("_timeout")):
             raise ConfigurationError(
                 f"a pooler in transaction mode keeps no {', '.join(lost)} from DATABASE_URL; remove it there and set "

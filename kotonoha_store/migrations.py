@@ -171,7 +171,7 @@ def version_table_schema(connection: Connection) -> str | None:
 
     That name may lead to another application's, further along the search_path.
     """
-    schema: str | None = connection.scalar(text(f"SELECT ours {_VERSIONS} WHERE seen <> ours"))  # noqa: S608  constant
+    schema: str | None = connection.scalar(text(f"SELECT ours {_VERSIONS} WHERE seen <> ours"))
     return schema
 
 

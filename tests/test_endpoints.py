@@ -1,12 +1,14 @@
 """Where the database is: whether a pooler stands before it, and what lies behind."""
 
+from typing import Any
+
 import asyncpg
 import pytest
 from sqlalchemy import URL, make_url
 
-from kotonoha_store import ConfigurationError, Settings, StoreUnavailableError
+from kotonoha_store import ConfigurationError, Database, Settings, StoreUnavailableError
 from kotonoha_store.database import translate_error
-from kotonoha_store.endpoints import connect_arguments, direct_url, is_pooled
+from kotonoha_store.endpoints import connect_arguments, database_url, direct_url, is_pooled
 
 NEON = "ep-cool-darkness-123456-pooler.us-east-2.aws.neon.tech"
 
@@ -66,6 +68,60 @@ def test_the_direct_address_must_not_lead_to_a_pooler() -> None:
     with pytest.raises(ConfigurationError, match="DATABASE_DIRECT_URL leads to a pooler") as caught:
         direct_url(make_url("postgresql://u@h:6432/d"), settings)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "host", "query"),
+    [
+        ({"database_url": "postgresql://u:p@h1:5432,h2:6432/d"}, None, {"host": "h1,h2", "port": "5432,6432"}),
+        ({"database_url": "postgresql://u:p@h1,[::1]:6432/d"}, None, {"host": "h1,[::1]", "port": "5432,6432"}),
+        (
+            {"database_url": "postgresql://u:p@/d?host=h1:6432&host=h2:6432"},
+            None,
+            {"host": "h1,h2", "port": "6432,6432"},
+        ),
+        ({"database_url": "postgresql://u:p@/d?host=/a&port=6432"}, None, {"host": "/a", "port": "6432"}),
+        ({"postgres_host": "h1,h2", "postgres_port": 6432}, None, {"host": "h1,h2", "port": "6432,6432"}),
+        ({"postgres_host": "[::1]", "postgres_port": 6432}, "::1", {}),
+    ],
+)
+def test_several_hosts_and_bracketed_ones_reach_the_driver_whole(
+    given: dict[str, Any], host: str | None, query: dict[str, str]
+) -> None:
+    settings = Settings(**given)
+    url = database_url(settings)
+    assert url is not None
+    assert (url.host, dict(url.query)) == (host, query)
+    assert is_pooled(url, settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"postgres_host": "localhost:6432"}, "POSTGRES_PORT"),
+        ({"postgres_host": "h1,"}, "POSTGRES_HOST has a host"),
+        ({"database_url": "postgresql://u:s3cret@/d?host=/a&port=abc"}, "port in DATABASE_URL"),
+        ({"database_url": "postgresql://u:s3cret@h1:1,h2:x/d"}, "port in DATABASE_URL"),
+        ({"database_url": "postgresql://u:s3cret@/d?host=a,b,c&port=1,2"}, "3 hosts and 2 ports"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_told(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        database_url(Settings(**given))
+    assert "s3cret" not in str(caught.value)
+
+
+async def test_a_host_that_cannot_be_encoded_is_told() -> None:
+    settings = Settings(database_url=f"postgresql://u:p@{'x' * 64}.example/d")
+    async with await Database.open(settings) as database:
+        with pytest.raises(ConfigurationError, match="host or port"):
+            await database.ping()
+
+
+def test_what_stands_beside_neons_endpoint_is_refused() -> None:
+    url = make_url(f"postgresql://u@{NEON}/d?options=endpoint%3Dep-x%20-c%20search_path%3Dkb")
+    with pytest.raises(ConfigurationError, match="options"):
+        connect_arguments(url, Settings())
 
 
 @pytest.mark.parametrize("parameter", ["options=-csearch_path%3Dapp", "search_path=app", "statement_timeout=5s"])

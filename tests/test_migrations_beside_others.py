@@ -278,7 +278,7 @@ async def test_the_schema_of_the_extension_is_added_to_the_search_path_there_is(
         'CREATE EXTENSION vector SCHEMA "e xt"',
         f'ALTER DATABASE "{empty_url.database}" SET search_path = mine',
     )
-    with pytest.raises(ExtensionMissingError, match='SET search_path = mine, "e xt"$'):
+    with pytest.raises(ExtensionMissingError, match=r'SET search_path = mine, "e xt"$'):
         await upgrade(empty_url)
 
 
