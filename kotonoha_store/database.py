@@ -589,7 +589,11 @@ _SQLSTATES: Final[dict[str, tuple[type[StoreError], str]]] = {
     "28": (ConfigurationError, _REFUSED),
     "3D000": (ConfigurationError, _NO_DATABASE),
     "3F000": (ConfigurationError, "no schema of the search_path exists, or the role may not use it; correct it"),
-    "42501": (ConfigurationError, "this role lacks a privilege; grant it or connect as the owner"),
+    "42501": (
+        ConfigurationError,
+        "this role lacks a privilege; make it a member of kotonoha_app (a bot) or kotonoha_worker (archives, embeds), "
+        "which `kotonoha-store grants` makes, or connect as the owner",
+    ),
     "25006": (
         ConfigurationError,
         "a read-only transaction (store.read()) or server (a replica?) cannot write; write in store.begin(), and point "
