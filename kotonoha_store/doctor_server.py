@@ -86,7 +86,8 @@ async def pgvector(case: Case) -> list[Finding]:
         " to_regtype('halfvec') IS NOT NULL AS visible,"
         " current_setting('search_path') AS path, quote_ident(current_database()) AS database,"
         " (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS available,"
-        " to_regclass('idx_chunks_embedding') IS NOT NULL AS has_graph,"
+        " (SELECT c.oid::regclass::text FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid"
+        " WHERE i.indrelid = to_regclass('knowledge_chunks') AND c.relname = 'idx_chunks_embedding') AS graph,"
         " (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) OR EXISTS (SELECT"
         " FROM pg_available_extension_versions AS v JOIN pg_available_extensions AS a ON a.name = v.name"
         " AND a.default_version = v.version WHERE v.name = 'vector' AND v.trusted"
@@ -103,7 +104,7 @@ async def pgvector(case: Case) -> list[Finding]:
         else:
             mend = "let the database's owner or the server's administrator create it"
         return [error("pgvector-missing", "pgvector is not in this database", mend, "CREATE EXTENSION vector")]
-    findings = judge_pgvector(version, available, has_graph=row["has_graph"])
+    findings = judge_pgvector(version, available, graph=row["graph"])
     if not row["visible"]:
         path = f"{row['path']}, {row['schema']}" if row["path"] else row["schema"]
         findings.append(
@@ -117,8 +118,8 @@ async def pgvector(case: Case) -> list[Finding]:
     return findings or [ok("pgvector", f"pgvector {version} in the schema {row['schema']}")]
 
 
-def judge_pgvector(version: str, available: str | None, *, has_graph: bool) -> list[Finding]:
-    """The findings for a version, apart from a server that has it."""
+def judge_pgvector(version: str, available: str | None, *, graph: str | None) -> list[Finding]:
+    """The findings for a version, apart from a server that has it; ``graph`` is the HNSW index, quoted."""
     has, offered = _parts(version), _parts(available or version)
     update = "ALTER EXTENSION vector UPDATE"
     faults = [what for mended, what in _PGVECTOR_FAULTS if has < mended]
@@ -133,9 +134,9 @@ def judge_pgvector(version: str, available: str | None, *, has_graph: bool) -> l
         return [error("pgvector-version", f"pgvector {version} is too old: no iterative index scans", how, update)]
     if faults:
         sql: tuple[str, ...] = (update,)
-        if has < _GRAPH_MENDED and has_graph:
+        if has < _GRAPH_MENDED and graph is not None:
             how += ", and build the index again, since it may be damaged"
-            sql += ("REINDEX INDEX CONCURRENTLY idx_chunks_embedding",)
+            sql += (f"REINDEX INDEX CONCURRENTLY {graph}",)
         return [warning("pgvector-version", f"pgvector {version} has known faults: {'; '.join(faults)}", how, *sql)]
     if offered > has:
         return [info("pgvector-version", f"pgvector {version}, while the server has {available}", how, update)]

@@ -37,8 +37,13 @@ async def indexes(case: Case) -> list[Finding]:
     mend = "run `kotonoha-store reindex --broken`"
     found = []
     for state in states:
-        # Where several schemas hold our tables, the statement names the one that the search_path finds.
-        quoted = await case.driver.fetchval("SELECT to_regclass(quote_ident($1))::text", state.name)
+        # Of our table: the search_path may find another's index of that name first.
+        quoted = await case.driver.fetchval(
+            "SELECT i.indexrelid::regclass::text FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid"
+            " WHERE i.indrelid = to_regclass(quote_ident($1)) AND c.relname = $2",
+            state.table,
+            state.name,
+        )
         if state.state in ("invalid", "leftover") and building:
             found.append(info(f"index-{state.state}", f"{state.name} is not finished: an index is just being built"))
         elif state.state == "missing":
@@ -59,9 +64,11 @@ async def vector_index(case: Case) -> list[Finding]:
         " WHERE attrelid = 'knowledge_chunks'::regclass AND attname = 'embedding'"
     )
     row = await case.driver.fetchrow(
-        "SELECT am.amname AS method, o.opcname AS class, c.reloptions AS options, i.indpred IS NOT NULL AS partial"
+        "SELECT am.amname AS method, o.opcname AS class, c.reloptions AS options, i.indpred IS NOT NULL AS partial,"
+        " c.oid::regclass::text AS quoted, i.indrelid::regclass::text AS quoted_table"
         " FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_am AS am ON am.oid = c.relam"
-        " JOIN pg_opclass AS o ON o.oid = i.indclass[0] WHERE i.indexrelid = to_regclass($1)",
+        " JOIN pg_opclass AS o ON o.oid = i.indclass[0]"
+        " WHERE i.indrelid = to_regclass('knowledge_chunks') AND c.relname = $1",
         VECTOR_INDEX,
     )
     found = []
@@ -78,8 +85,8 @@ async def vector_index(case: Case) -> list[Finding]:
                 "hnsw-operator-class",
                 f"{VECTOR_INDEX} is {row['method']} with {row['class']}{partial}: no search by cosine distance uses it",
                 "drop it, then run `kotonoha-store reindex --broken`",
-                f"DROP INDEX CONCURRENTLY {VECTOR_INDEX}",
-                f"CREATE INDEX CONCURRENTLY {VECTOR_INDEX} ON knowledge_chunks"
+                f"DROP INDEX CONCURRENTLY {row['quoted']}",
+                f"CREATE INDEX CONCURRENTLY {VECTOR_INDEX} ON {row['quoted_table']}"
                 f" USING hnsw (embedding halfvec_cosine_ops) WITH (m = {wanted[0]}, ef_construction = {wanted[1]})",
             )
         )

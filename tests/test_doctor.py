@@ -198,6 +198,29 @@ async def test_an_extension_outside_the_search_path(migrated_url: URL) -> None:
     assert await bad(migrated_url) == {}
 
 
+async def test_an_index_of_that_name_on_a_table_of_another_schema_is_not_ours(migrated_url: URL) -> None:
+    await run_sql(
+        migrated_url,
+        "CREATE SCHEMA kb",
+        "ALTER TABLE knowledge_chunks SET SCHEMA kb",
+        "DROP INDEX kb.idx_chunks_embedding",
+        "CREATE TABLE others (embedding halfvec(3))",
+        "CREATE INDEX idx_chunks_embedding ON others USING hnsw (embedding halfvec_l2_ops)",
+        "UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'",
+        f"ALTER DATABASE {migrated_url.database} SET search_path = public, kb",
+    )
+    found = await bad(migrated_url)
+    assert {"index-missing", "pgvector-version"} == set(found)
+    assert found["pgvector-version"].sql == ("ALTER EXTENSION vector UPDATE",)
+    await run_sql(migrated_url, "CREATE INDEX idx_chunks_embedding ON kb.knowledge_chunks (created_at)")
+    found = await bad(migrated_url)
+    assert found["pgvector-version"].sql[1] == "REINDEX INDEX CONCURRENTLY kb.idx_chunks_embedding"
+    assert found["hnsw-operator-class"].sql[0] == "DROP INDEX CONCURRENTLY kb.idx_chunks_embedding"
+    await run_sql(migrated_url, *found["hnsw-operator-class"].sql, *found["pgvector-version"].sql[:1])
+    assert await bad(migrated_url) == {}
+    assert await rows(migrated_url, "SELECT FROM pg_index WHERE indrelid = 'others'::regclass")
+
+
 async def test_a_database_that_was_never_migrated(empty_url: URL) -> None:
     found = await bad(empty_url)
     assert list(found) == ["schema-empty"]
@@ -503,7 +526,7 @@ def test_versions_of_the_server(major: int, minor: int, text: str, today: date, 
     ],
 )
 def test_versions_of_pgvector(version: str, available: str | None, severity: Severity, said: str, mend: str) -> None:
-    (finding,) = judge_pgvector(version, available, has_graph=True)
+    (finding,) = judge_pgvector(version, available, graph="idx_chunks_embedding")
     assert finding.severity is severity
     assert said in finding.seen
     assert mend in str(finding.mend)
@@ -520,8 +543,8 @@ def test_a_share_is_neither_all_nor_nothing_unless_it_is() -> None:
 
 
 def test_the_newest_pgvector_is_well() -> None:
-    assert judge_pgvector("0.8.5", "0.8.5", has_graph=True) == []
-    assert judge_pgvector("0.10.0", "0.10.0", has_graph=True) == []
+    assert judge_pgvector("0.8.5", "0.8.5", graph="idx_chunks_embedding") == []
+    assert judge_pgvector("0.10.0", "0.10.0", graph="idx_chunks_embedding") == []
 
 
 def test_the_command_prints_findings_and_ends_with_1(shared: URL, monkeypatch: pytest.MonkeyPatch) -> None:
