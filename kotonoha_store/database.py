@@ -17,7 +17,7 @@ import asyncpg
 import stamina
 from sqlalchemy import URL, event
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
-from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.util.concurrency import greenlet_spawn
@@ -379,8 +379,13 @@ async def _committed(unit: Executor) -> AsyncIterator[None]:
         with contextlib.suppress(DBAPIError, asyncpg.InterfaceError, asyncpg.exceptions.InternalClientError, OSError):
             await unit.rollback()
         raise
-    with translated_errors():
-        await unit.commit()
+    try:
+        with translated_errors():
+            await unit.commit()
+    except PendingRollbackError as error:
+        raise StoreUnavailableError(
+            "the connection broke, or a flush failed, earlier in this transaction; nothing was written: run it again"
+        ) from error
 
 
 def _create_engine(

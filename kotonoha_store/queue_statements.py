@@ -469,6 +469,8 @@ def record_success() -> Prepared:
 def pauses(*, one: bool) -> Prepared:
     """Parameters: asked, where it is ``one``."""
     table = EmbeddingPause
-    remaining = func.greatest(table.paused_until - func.now(), literal_column("interval '0'"))
+    # 'infinity', written by hand, fits no timedelta.
+    until = func.least(table.paused_until, func.now() + literal_column("interval '1 day'"))
+    remaining = func.greatest(until - func.now(), literal_column("interval '0'"))
     statement = select(table.provider, remaining.label("remaining"), table.failures, table.error_code)
     return prepare(statement.where(table.provider == _PROVIDER) if one else statement.order_by(table.provider))

@@ -1,6 +1,7 @@
 """Vectors in binary, JSON, URLs, time-outs, retries, dead connections, errors in our own words, transactions."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -993,3 +994,11 @@ async def test_a_forked_child_does_not_use_its_parents_connection(database: Data
         assert (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one() != backend
     assert not parents.is_closed()
     await parents.close()
+
+
+async def test_a_lost_connection_whose_error_is_swallowed_fails_the_commit_in_our_words(database: Database) -> None:
+    for begin in (database.begin, database.transaction):
+        with pytest.raises(StoreUnavailableError, match="run it again"):  # noqa: PT012
+            async with begin() as unit:
+                with contextlib.suppress(Exception):
+                    await unit.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
