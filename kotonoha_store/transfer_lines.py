@@ -22,6 +22,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from kotonoha_store.checks import BIGINT_MAX, check_json, check_text, in_utc
 from kotonoha_store.columns import EMBEDDING_DIMENSION, HalfVector, PackedVector, pack_vector
 from kotonoha_store.errors import InvalidInputError
+from kotonoha_store.importers.lines import raw_lines, unpacked
 from kotonoha_store.transfer import FORMAT, SEQUENCES, TABLES
 
 # Beyond, no row of a live sequence is: what asks for more would use it up.
@@ -38,6 +39,7 @@ _KEPT: Final = {
 # 131072. After it: PostgreSQL, "Numeric Types".
 _DIGITS_BEFORE: Final = 4300
 _DIGITS_AFTER: Final = 16383
+_BEGIN: Final = b'{"kotonoha_store":'
 _END: Final = b'{"end":'
 _UNREADABLE: Final = "line"
 _DAMAGED: Final = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -93,9 +95,8 @@ def is_export(path: Path) -> bool:
     Raises:
         InvalidInputError: it cannot be read.
     """
-    with readable(path), suppress(*_DAMAGED):
-        for _, line in raw_lines(path):
-            return line.startswith(b'{"kotonoha_store":')
+    with readable(path), suppress(*_DAMAGED), unpacked(path) as file:
+        return bool(file.read(len(_BEGIN)) == _BEGIN)
     return False
 
 
@@ -194,13 +195,6 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise InvalidInputError(f"{path.name} cannot be read ({error.strerror})") from None
-
-
-def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as raw:
-        is_packed = raw.peek(2)[:2] == b"\x1f\x8b"
-        file: Any = gzip.GzipFile(fileobj=raw) if is_packed else raw
-        yield from enumerate(file, 1)
 
 
 class _Number(str):

@@ -337,6 +337,17 @@ async def test_a_number_that_could_not_be_stored_and_read_again_spoils_its_line_
             assert fits
 
 
+async def test_a_line_that_would_fill_the_memory_ends_the_import_with_a_sentence(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kotonoha_store.importers.lines.LONGEST_LINE", 1000)
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress(b"x" * 10_000_000))
+    for read in (import_jsonl, import_documents):
+        with pytest.raises(InvalidInputError, match="has more than 1000 bytes"):
+            await read(database, path)
+
+
 async def test_a_stopped_import_goes_on(
     store: Store, other_url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

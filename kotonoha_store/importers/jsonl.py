@@ -18,6 +18,7 @@ from kotonoha_store.bulk_load import LoadReport, NewDocument, load_documents
 from kotonoha_store.database import Database
 from kotonoha_store.document_parts import document_chunks
 from kotonoha_store.errors import InvalidInputError
+from kotonoha_store.importers.lines import raw_lines
 from kotonoha_store.importers.report import Counts, ImportReport, Rejects
 from kotonoha_store.index_builds import OnProgress
 from kotonoha_store.records import BigInt, Input, Instant, JsonObject, NewChunk, Progress, Scope, SourceType, StoredText
@@ -179,10 +180,8 @@ class _Reading:
 
     def _lines(self) -> Iterator[bytes]:
         try:
-            with self.path.open("rb") as raw:
-                is_packed = raw.peek(2)[:2] == b"\x1f\x8b"
-                file: Any = gzip.GzipFile(fileobj=raw) if is_packed else raw
-                yield from file
+            for _, line in raw_lines(self.path):
+                yield line
         except _DAMAGED:
             self.notes.append("the file's compression ends too early or is damaged; what was before is taken")
         except OSError as error:
