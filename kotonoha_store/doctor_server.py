@@ -221,18 +221,35 @@ async def connections(case: Case) -> list[Finding]:
     row = await case.driver.fetchrow(
         "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
         " - coalesce(current_setting('reserved_connections', true)::int, 0) AS most,"
-        " nullif(r.rolconnlimit, -1) AS of_role, nullif(d.datconnlimit, -1) AS of_database,"
-        " (SELECT sum(numbackends)::int FROM pg_stat_database) AS used,"
+        " nullif(r.rolconnlimit, -1) AS of_role, nullif(d.datconnlimit, -1) AS of_database, r.rolsuper,"
+        " (SELECT sum(numbackends)::int FROM pg_stat_database) AS used, role.*, base.*,"
         " (SELECT count(*)::int FROM pg_stat_activity WHERE application_name = 'kotonoha_store') AS ours"
-        " FROM pg_roles AS r, pg_database AS d WHERE r.rolname = current_user AND d.datname = current_database()"
+        " FROM pg_roles AS r, pg_database AS d,"
+        " LATERAL (SELECT count(*)::int AS used_by_role, count(*) FILTER (WHERE application_name = 'kotonoha_store')"
+        "::int AS ours_by_role FROM pg_stat_activity WHERE usesysid = r.oid) AS role,"
+        " LATERAL (SELECT count(*)::int AS used_in_database, count(*) FILTER (WHERE application_name ="
+        " 'kotonoha_store')::int AS ours_in_database FROM pg_stat_activity WHERE datid = d.oid"
+        " AND backend_type IS DISTINCT FROM 'autovacuum worker') AS base"
+        " WHERE r.rolname = session_user AND d.datname = current_database()"
     )
-    usable = min(limit for limit in (row["most"], row["of_role"], row["of_database"]) if limit is not None)
-    others = max(row["used"] - row["ours"], 0)
-    seen = f"{usable} connections, {row['used']} in use, {others} of them by other programs; DB_POOL_MAX_SIZE is {pool}"
+    limits = [("the server", "the server's max_connections", row["most"], row["used"], row["ours"])]
+    # Superusers are let in beyond these.
+    if row["of_role"] is not None and not row["rolsuper"]:
+        mend = "the role's CONNECTION LIMIT"
+        limits.append(("this role", mend, row["of_role"], row["used_by_role"], row["ours_by_role"]))
+    if row["of_database"] is not None and not row["rolsuper"]:
+        mend = "the database's CONNECTION LIMIT"
+        limits.append(("this database", mend, row["of_database"], row["used_in_database"], row["ours_in_database"]))
+    what, limit, usable, used, ours = min(limits, key=lambda each: each[2] - max(each[3] - each[4], 0))
+    others = max(used - ours, 0)
+    seen = (
+        f"{what} may have {usable} connections, {used} in use, {others} of them by other programs;"
+        f" DB_POOL_MAX_SIZE is {pool}"
+    )
     if others + pool > usable:
         least = min(case.settings.db_pool_min_size, fitting := max(1, usable - others - _SPARE))
-        mend = f"set DB_POOL_MAX_SIZE={fitting} (and DB_POOL_MIN_SIZE={least}), or raise the server's max_connections"
-        return [warning(code, f"the pool can grow beyond what the server has left: {seen}", mend)]
+        mend = f"set DB_POOL_MAX_SIZE={fitting} (and DB_POOL_MIN_SIZE={least}), or raise {limit}"
+        return [warning(code, f"the pool can grow beyond what {what} has left: {seen}", mend)]
     if row["most"] - row["used"] < _SPARE:
         mend = "lower DB_POOL_MAX_SIZE of the processes that run, put a pooler between, or raise max_connections"
         return [warning(code, f"the server has almost no connection left: {seen}", mend)]

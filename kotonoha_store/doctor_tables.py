@@ -27,6 +27,11 @@ _LONG_TRANSACTION_SECONDS: Final = 3600
 _SAMPLED_PAGES: Final = 2_000
 _COUNTED_TO: Final = 10_000
 
+_FORGOTTEN: Final = (
+    "SELECT c.id FROM knowledge_chunks AS c WHERE c.embedding IS NULL"
+    " AND NOT EXISTS (SELECT FROM embedding_jobs AS j WHERE j.chunk_id = c.id)"
+)
+
 
 async def indexes(case: Case) -> list[Finding]:
     """Every index of the models is there and valid, and no build has left anything behind."""
@@ -270,6 +275,12 @@ async def queue(case: Case) -> list[Finding]:
             found.append(warning("expired-leases", f"{seen}, and none takes its chunks over", mend))
         else:
             found.append(info("expired-leases", f"{seen}; the next claims take them over, one by one"))
+    forgotten = await case.driver.fetchval(f"SELECT count(*) FROM ({_FORGOTTEN} LIMIT $1) AS counted", _COUNTED_TO)  # noqa: S608  a constant
+    if forgotten:
+        number = f"{forgotten} chunks" if forgotten < _COUNTED_TO else f"{forgotten} chunks or more"
+        seen = f"{number} have neither a vector nor a place in the queue: searches by meaning never find them"
+        sql = f"INSERT INTO embedding_jobs (chunk_id) {_FORGOTTEN} ON CONFLICT DO NOTHING"
+        found.append(error("never-embedded", seen, "queue them again; a worker embeds them", sql))
     return found or [ok("queue", f"{row['jobs']} chunks wait for their vector, none for long")]
 
 

@@ -347,6 +347,33 @@ async def test_a_queue_that_nobody_serves(shared: URL) -> None:
     await run_sql(shared, "DELETE FROM knowledge_sources")
 
 
+async def test_chunks_that_were_taken_out_of_the_queue_are_queued_again(shared: URL) -> None:
+    async with Store.open(settings_for(shared), embedder=HashingEmbedder()) as store:
+        await store.add_document("t", "one text")
+        await run_sql(shared, "DELETE FROM embedding_jobs")
+        await is_mended(shared, "never-embedded")
+        await store.embedding_worker.run_until_empty()
+        assert await rows(shared, "SELECT FROM knowledge_chunks WHERE embedding IS NULL") == []
+    await run_sql(shared, "DELETE FROM knowledge_sources")
+
+
+async def test_a_roles_own_limit_is_compared_with_its_own_connections(
+    shared: URL, server_url: URL, group: tuple[URL, str]
+) -> None:
+    url, _ = group
+    others = [await connect(server_url) for _ in range(4)]
+    for each in others:
+        await each.execute("SET application_name = 'another program'")
+    pool = {"db_pool_min_size": 1, "db_pool_max_size": 4}
+    await run_sql(shared, f"ALTER ROLE {url.username} CONNECTION LIMIT 5")
+    assert "connections" not in await bad(url, **pool)
+    await run_sql(shared, f"ALTER ROLE {url.username} CONNECTION LIMIT 3")
+    found = await bad(url, **pool)
+    assert "raise the role's CONNECTION LIMIT" in str(found["connections"].mend)
+    for each in others:
+        await each.close()
+
+
 async def test_a_pool_beyond_what_the_server_has(shared: URL) -> None:
     found = await bad(shared, db_pool_max_size=10_000)
     assert list(found) == ["connections"]
