@@ -280,3 +280,16 @@ async def test_one_provider_does_not_block_another(
         assert report == EmbeddingReport(claimed=2, embedded=2)
     (pause,) = await queue.pauses()
     assert pause.provider == embedder.model
+
+
+async def test_a_pause_for_ever_is_told_as_a_day(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+) -> None:
+    """As somebody may set by hand."""
+    await add(database, "a")
+    await queue.pause(embedder.model, timedelta(seconds=1), ErrorCode.RATE_LIMIT)
+    await sql(database, "UPDATE embedding_pauses SET paused_until = 'infinity'")
+    (pause,) = await queue.pauses()
+    assert pause.remaining == timedelta(days=1)
+    assert await EmbeddingWorker(queue, embedder).run_until_empty() == EmbeddingReport()
+    assert server.requests == []
