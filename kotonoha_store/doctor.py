@@ -37,6 +37,8 @@ _SERVER: Final[tuple[Check, ...]] = (
 )
 _TABLES: Final[tuple[Check, ...]] = (
     server.privileges,
+    server.row_security,
+    tables.constraints,
     tables.indexes,
     tables.vector_index,
     tables.vector_index_used,
@@ -114,6 +116,14 @@ async def _schema(database: Database, limit: float) -> tuple[list[Finding], migr
         async with asyncio.timeout(limit):
             at = await migrations.state(database)
             if at.state == "empty":
+                async with database.driver() as driver:
+                    with translated_errors():
+                        hidden = await server.hidden_schemas(driver)
+                        name = await driver.fetchval("SELECT quote_ident(current_user)")
+                if hidden:
+                    seen = f"this role lacks USAGE on the schema {', '.join(hidden)}, which holds our tables"
+                    grants = [f"GRANT USAGE ON SCHEMA {each} TO {name}" for each in hidden]
+                    return [error("schema-privilege", seen, "have the schema's owner grant it", *grants)], at
                 try:
                     await migrations.refuse_half_restored(database)
                 except ConfigurationError as half_restored:

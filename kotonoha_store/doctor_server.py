@@ -307,7 +307,50 @@ async def role(case: Case) -> list[Finding]:
         return [warning("role-superuser", seen, mend)]
     if row["rolbypassrls"]:
         return [warning("role-bypassrls", "this role passes row-level security by (BYPASSRLS)", mend)]
+    # These attributes are not inherited, but SET ROLE takes them on.
+    above = await case.driver.fetch(
+        "SELECT rolname, rolsuper, format('REVOKE %I FROM %I', rolname, current_user) AS mend FROM pg_roles"
+        " WHERE (rolsuper OR rolbypassrls) AND pg_has_role(oid, 'SET') ORDER BY 1"
+    )
+    if above:
+        who = ", ".join(f"{each['rolname']} ({'superuser' if each['rolsuper'] else 'BYPASSRLS'})" for each in above)
+        seen = f"this role can become {who} by SET ROLE: a fault of the application could do so as well"
+        revoke = "take the membership away, or that of the role it is held through"
+        return [warning("role-membership", seen, revoke, *(each["mend"] for each in above))]
     return [ok("role", "neither superuser nor BYPASSRLS")]
+
+
+async def hidden_schemas(driver: Any) -> list[str]:
+    """Return the schemas of the search_path that hold our tables and are closed to this role, quoted."""
+    rows = await driver.fetch(
+        "SELECT quote_ident(n.nspname) AS name FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
+        " WHERE c.relname = 'alembic_version' AND NOT has_schema_privilege(n.oid, 'USAGE') AND n.nspname = ANY ("
+        " regexp_split_to_array(replace(replace(current_setting('search_path'), '\"$user\"', current_user), '\"', ''),"
+        " ', *')) ORDER BY 1"
+    )
+    return [row["name"] for row in rows]
+
+
+async def row_security(case: Case) -> list[Finding]:
+    """Row-level security hides no rows of ours from this role altogether."""
+    rows = await case.driver.fetch(
+        "SELECT c.oid::regclass::text AS name, quote_ident(current_user) AS role FROM pg_class AS c"
+        " WHERE c.oid IN (SELECT to_regclass(quote_ident(name)) FROM unnest($1::text[]) AS name)"
+        " AND row_security_active(c.oid) AND NOT EXISTS (SELECT FROM pg_policy AS p, unnest(p.polroles) AS of"
+        " WHERE p.polrelid = c.oid AND p.polpermissive AND (of = 0 OR pg_has_role(of, 'USAGE'))) ORDER BY 1",
+        list(OUR_TABLES),
+    )
+    if not rows:
+        return [ok("row-security", "hides no table")]
+    return [
+        error(
+            "row-security",
+            f"row-level security is enabled on {row['name']} without a policy for this role: it sees no row",
+            "have the owner make a policy, or disable it",
+            f"CREATE POLICY kotonoha_store ON {row['name']} TO {row['role']} USING (true) WITH CHECK (true)",
+        )
+        for row in rows
+    ]
 
 
 async def privileges(case: Case) -> list[Finding]:

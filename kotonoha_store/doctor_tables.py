@@ -4,6 +4,8 @@ import json
 from typing import Any, Final
 
 import numpy as np
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import AddConstraint
 
 from kotonoha_store import index_builds, search_statements
 from kotonoha_store.columns import EMBEDDING_DIMENSION, pack_vector
@@ -12,7 +14,7 @@ from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.filters import EVERYTHING
 from kotonoha_store.health import describe_pause, is_misconfigured, is_paused
 from kotonoha_store.index_builds import VECTOR_INDEX
-from kotonoha_store.models import Base
+from kotonoha_store.models import NOTIFY_TRIGGER, TOUCH_TRIGGER, Base
 from kotonoha_store.selectivity import ef_search
 
 # From how many vectors on the planner should prefer the index to comparing all; below, both take milliseconds.
@@ -26,6 +28,8 @@ _QUEUE_GRACE_SECONDS: Final = 300.0
 _LONG_TRANSACTION_SECONDS: Final = 3600
 _SAMPLED_PAGES: Final = 2_000
 _COUNTED_TO: Final = 10_000
+
+_TRIGGERS: Final = {"trg_sources_touch_updated_at": TOUCH_TRIGGER, "trg_jobs_notify": NOTIFY_TRIGGER}
 
 _FORGOTTEN: Final = (
     "SELECT c.id FROM knowledge_chunks AS c WHERE c.embedding IS NULL"
@@ -282,6 +286,37 @@ async def queue(case: Case) -> list[Finding]:
         sql = f"INSERT INTO embedding_jobs (chunk_id) {_FORGOTTEN} ON CONFLICT DO NOTHING"
         found.append(error("never-embedded", seen, "queue them again; a worker embeds them", sql))
     return found or [ok("queue", f"{row['jobs']} chunks wait for their vector, none for long")]
+
+
+async def constraints(case: Case) -> list[Finding]:
+    """The triggers and foreign keys that the migrations make are there and enabled."""
+    tables = Base.metadata.tables
+    wanted = {str(key.name): key for table in tables.values() for key in table.foreign_key_constraints}
+    there = await case.driver.fetch(
+        "SELECT tgname AS name, tgisinternal AS of_key, tgrelid::regclass::text AS quoted_table,"
+        " tgenabled IN ('D', 'R') AS is_off,"
+        " format('ALTER TABLE %s ENABLE TRIGGER %I', tgrelid::regclass, tgname) AS mend"
+        " FROM pg_trigger WHERE tgrelid IN (SELECT to_regclass(quote_ident(name)) FROM unnest($1::text[]) AS name)"
+        " UNION ALL SELECT conname, true, conrelid::regclass::text, false, NULL FROM pg_constraint WHERE contype = 'f'"
+        " AND conrelid IN (SELECT to_regclass(quote_ident(name)) FROM unnest($1::text[]) AS name)",
+        list(tables),
+    )
+    names = {row["name"] for row in there}
+    found = []
+    for name, sql in _TRIGGERS.items():
+        if name not in names:
+            found.append(error("trigger-missing", f"the trigger {name} is missing", "make it again", sql))
+    for name, key in wanted.items():
+        if name not in names:
+            sql = str(AddConstraint(key).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+            seen = f"the foreign key {name} is missing: what is deleted leaves rows behind that belong to nothing"
+            found.append(error("foreign-key-missing", seen, "delete such rows, then make it again", sql))
+    for row in there:
+        if row["is_off"] and (row["of_key"] or row["name"] in _TRIGGERS):
+            what = "a foreign key's trigger" if row["of_key"] else f"the trigger {row['name']}"
+            mend = "enable it (a foreign key's as a superuser)"
+            found.append(error("trigger-disabled", f"{what} on {row['quoted_table']} is disabled", mend, row["mend"]))
+    return found or [ok("constraints", "triggers and foreign keys are there and enabled")]
 
 
 async def dead_letters(case: Case) -> list[Finding]:

@@ -54,12 +54,12 @@ async def bad(url: URL, **values: object) -> dict[str, Finding]:
     return {finding.code: finding for finding in report.findings if finding.is_bad and finding.code not in BASE}
 
 
-async def is_mended(url: URL, code: str, **values: object) -> Finding:
+async def is_mended(url: URL, code: str, *, by: URL | None = None, **values: object) -> Finding:
     """The defect is the only one found, and its statements make the doctor content."""
     found = await bad(url, **values)
     assert list(found) == [code], found
     assert found[code].sql
-    await run_sql(url, *found[code].sql)
+    await run_sql(by or url, *found[code].sql)
     assert await bad(url, **values) == {}
     return found[code]
 
@@ -111,6 +111,9 @@ def test_a_migrated_database_is_well(shared: URL) -> None:
         ("isolation", ["ALTER ROLE {user} IN DATABASE {database} SET default_transaction_isolation = 'serializable'"]),
         ("read-only", ["ALTER DATABASE {database} SET default_transaction_read_only = on"]),
         ("enable-indexscan", ["ALTER DATABASE {database} SET enable_indexscan = off"]),
+        ("trigger-missing", ["DROP TRIGGER trg_jobs_notify ON embedding_jobs"]),
+        ("trigger-disabled", ["ALTER TABLE knowledge_sources DISABLE TRIGGER trg_sources_touch_updated_at"]),
+        ("foreign-key-missing", ["ALTER TABLE knowledge_chunks DROP CONSTRAINT knowledge_chunks_source_id_fkey"]),
         ("autovacuum-off", ["ALTER TABLE embedding_jobs SET (autovacuum_enabled = false)"]),
         ("pgvector-version", ["UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'"]),
         (
@@ -501,6 +504,33 @@ async def test_members_of_the_group_roles_are_well(
     assert "this role only reads" in [finding.seen for finding in report.findings]
     await run_sql(shared, f"REVOKE {prefix}_readonly FROM {url.username}", f"ALTER ROLE {url.username} BYPASSRLS")
     assert "role-bypassrls" in await bad(url)
+
+
+async def test_a_role_that_may_become_a_superuser_or_not_enter_the_schema_is_told(
+    shared: URL, group: tuple[URL, str]
+) -> None:
+    url, prefix = group
+    await run_sql(
+        shared,
+        f"CREATE ROLE {prefix}_super SUPERUSER",
+        f"GRANT {prefix}_super TO {url.username}",
+        "REVOKE USAGE ON SCHEMA public FROM PUBLIC",
+    )
+    found = await bad(url)
+    assert "SET ROLE" in found["role-membership"].seen
+    assert found["schema-privilege"].sql == (f"GRANT USAGE ON SCHEMA public TO {url.username}",)
+    await run_sql(shared, *found["role-membership"].sql, *found["schema-privilege"].sql)
+    assert {"role-membership", "schema-privilege", "schema-empty"}.isdisjoint(await bad(url))
+    await run_sql(shared, "GRANT USAGE ON SCHEMA public TO PUBLIC", f"DROP ROLE {prefix}_super")
+
+
+async def test_row_level_security_without_a_policy_is_found(shared: URL, group: tuple[URL, str]) -> None:
+    url, prefix = group
+    async with Database(shared, settings_for(shared)) as database:
+        await roles.grant(database, prefix=prefix)
+    await run_sql(shared, f"GRANT {prefix}_app TO {url.username}", "ALTER TABLE sessions ENABLE ROW LEVEL SECURITY")
+    await is_mended(url, "row-security", by=shared)
+    await run_sql(shared, "DROP POLICY kotonoha_store ON sessions", "ALTER TABLE sessions DISABLE ROW LEVEL SECURITY")
 
 
 async def test_what_cannot_be_asked_is_told_and_the_others_go_on(shared: URL) -> None:
