@@ -317,8 +317,8 @@ class _Base:
                 self.pgvector = "not_working" if version is None or distance is None else "working"
                 self.pgvector_version = version
                 revision = None
-                if await driver.fetchval("SELECT to_regclass('alembic_version')") is not None:
-                    revision = await driver.fetchval("SELECT version_num FROM alembic_version")
+                if (table := await driver.fetchval(migrations.VERSION_TABLE)) is not None:
+                    revision = await driver.fetchval(f"SELECT version_num FROM {table}")  # noqa: S608  quoted
         # Not in a thread, though the first call reads files for some milliseconds: all of those may be busy for long.
         self.schema = migrations.compare(revision)
 

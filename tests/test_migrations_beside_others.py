@@ -12,6 +12,7 @@ from sqlalchemy import URL, Connection, text
 from kotonoha_store import (
     ConfigurationError,
     Database,
+    EmbeddingQueue,
     ExtensionMissingError,
     HashingEmbedder,
     SchemaOutdatedError,
@@ -20,6 +21,7 @@ from kotonoha_store import (
     StoreUnavailableError,
     migrations,
 )
+from kotonoha_store.health import Health
 
 # -- others at work -----------------------------------------------------------------------------------------------
 
@@ -246,8 +248,13 @@ async def test_another_applications_revision_further_along_the_search_path_is_no
         f'ALTER DATABASE "{empty_url.database}" SET search_path = "K b", public',
     )
     async with opened(empty_url) as database:
-        assert (await migrations.state(database)).state == "empty"
-        await migrations.upgrade(database)
+        health = Health(database, EmbeddingQueue(database))
+        for expected in ("empty", "current"):
+            assert (await migrations.state(database)).state == expected
+            schema = (await health.report(30)).schema
+            assert schema is not None
+            assert schema.state == expected
+            await migrations.upgrade(database)
         assert await migrations.current(database) == HEAD
         await migrations.check(database)
         await migrations.downgrade(database, "base")
