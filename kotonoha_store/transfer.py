@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -142,13 +143,11 @@ async def export_jsonl(
         StoreUnavailableError: the database did not answer; there is no file then.
     """
     filters = filters or ExportFilters()
-    if path is not None and not overwrite and await asyncio.to_thread(path.exists):
-        raise InvalidInputError(
-            f"{path.name} is there already; choose another name, or replace it by --force (overwrite=True)"
-        )
+    if path is not None:
+        await asyncio.to_thread(_check_place, path, overwrite=overwrite)
     state = await migrations.state(database)
     state.check()
-    with _output(path) as file:
+    with _output(path, overwrite=overwrite) as file:
         sink = _Sink(file)
         async with database.driver() as driver:
             with translated_errors(), _of_the_calendar():
@@ -180,6 +179,12 @@ async def _header(driver: Any, revision: str, filters: ExportFilters) -> dict[st
     }
     sequences = {}
     for kind in SEQUENCES:
+        if not filters.is_everything:
+            # How much else there is, is no business of who gets a part.
+            condition, arguments = _condition(kind, filters)
+            largest = f"SELECT coalesce(max(id), 0) FROM {TABLES[kind].name} WHERE {condition}"
+            sequences[kind] = await driver.fetchval(largest, *arguments)
+            continue
         # What was given last, so that ids kept elsewhere are not given there once more.
         sequences[kind] = await driver.fetchval(
             "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence($1, 'id')::regclass), 0)", TABLES[kind].name
@@ -396,8 +401,41 @@ class _Sink:
             raise
 
 
+def _check_place(path: Path, *, overwrite: bool) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # what is wrong with it, writing tells
+    if not stat.S_ISREG(mode):
+        raise InvalidInputError(f"{path.name} is no regular file (a link, device, pipe or folder); choose another name")
+    if not overwrite:
+        raise _is_there(path)
+
+
+def _is_there(path: Path) -> InvalidInputError:
+    return InvalidInputError(
+        f"{path.name} is there already; choose another name, or replace it by --force (overwrite=True)"
+    )
+
+
+def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
+    """Give the file its name; of two at once that may not overwrite, one fails."""
+    _check_place(path, overwrite=overwrite)
+    if not overwrite:
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise _is_there(path) from None
+        except OSError:
+            pass  # a file system without links
+        else:
+            partial.unlink()
+            return
+    partial.replace(path)
+
+
 @contextmanager
-def _output(path: Path | None) -> Iterator[BinaryIO]:
+def _output(path: Path | None, *, overwrite: bool) -> Iterator[BinaryIO]:
     """The file to write to, which takes its name when all is written."""
     if path is None:
         yield sys.stdout.buffer
@@ -417,7 +455,7 @@ def _output(path: Path | None) -> Iterator[BinaryIO]:
                     yield raw
                 raw.flush()
                 os.fsync(raw.fileno())
-            partial.replace(path)
+            _publish(partial, path, overwrite=overwrite)
         except BaseException:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)

@@ -486,6 +486,28 @@ async def test_an_export_that_fails_leaves_no_file_and_none_is_overwritten_unask
     assert path.read_text() == "precious"
 
 
+async def test_an_export_replaces_no_pipe_or_link_and_of_two_at_once_one_fails(store: Store, tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "nowhere")
+    for path in (pipe, link):
+        for overwrite in (False, True):
+            with pytest.raises(InvalidInputError, match="no regular file"):
+                await export_jsonl(store.database, path, overwrite=overwrite)
+    assert (pipe.is_fifo(), link.is_symlink()) == (True, True)
+    path = tmp_path / "all.jsonl"
+
+    def made_meanwhile(*_: Any) -> None:
+        path.write_text("precious")
+
+    with pytest.raises(InvalidInputError, match="is there already"):
+        await export_jsonl(store.database, path, progress=made_meanwhile)
+    assert path.read_text() == "precious"
+    both = [export_jsonl(store.database, tmp_path / "both.jsonl") for _ in range(2)]
+    results = await asyncio.gather(*both, return_exceptions=True)
+    assert sum(isinstance(result, InvalidInputError) for result in results) == 1
+
+
 async def test_filters_export_a_guild_or_single_sources(store: Store, other_url: URL, tmp_path: Path) -> None:
     await fill(store)
     everywhere = await export_jsonl(store.database, tmp_path / "all.jsonl", filters=ExportFilters(guild_id=7))
@@ -494,6 +516,8 @@ async def test_filters_export_a_guild_or_single_sources(store: Store, other_url:
         (source_id,) = await query(tx.session, "SELECT id FROM knowledge_sources WHERE title = 'no uri'")
     one = await export_jsonl(store.database, tmp_path / "one.jsonl", filters=ExportFilters(source_ids=(source_id,)))
     assert (one.sessions, one.sources, one.chunks, one.pauses) == (0, 1, 1, 0)
+    header = json.loads(lines(tmp_path / "one.jsonl")[0])["kotonoha_store"]
+    assert (header["sequences"]["session"], header["sequences"]["source"]) == (0, source_id)
     async with opened(other_url) as other:
         for name in ("one", "all"):
             assert (await import_jsonl(other, tmp_path / f"{name}.jsonl")).imported == 1
