@@ -64,7 +64,7 @@ _VERSIONS: Final = """
     ) AS versions
 """
 
-VERSION_TABLE: Final = f"SELECT to_regclass(quote_ident(ours) || '.alembic_version')::text {_VERSIONS}"  # noqa: S608
+VERSION_TABLE: Final = f"SELECT to_regclass(quote_ident(ours) || '.alembic_version')::text {_VERSIONS}"
 """The table of this library's revision as a quoted name; null where there is none."""
 
 # alembic.context is global to the process: one migration at a time in it, on whichever loop or thread.

@@ -1,5 +1,6 @@
 """Files that are no lines of JSON, and exports of one guild."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from command_line import kotonoha
 from sqlalchemy import URL, text
 
 from kotonoha_store import Message, NewChunk, Scope, Store
+from kotonoha_store.importers.jsonl import import_documents
 from kotonoha_store.transfer import ExportFilters, export_jsonl
 
 
@@ -50,3 +52,11 @@ async def test_an_export_of_a_guild_holds_nothing_of_others_or_of_none(store: St
     lines = path.read_text()
     found = [f"{what} {guild}" in lines for what in ("of", "source", "chunk", "dead") for guild in (7, 8, None)]
     assert found == [True, False, False] * 4
+
+
+async def test_a_reason_names_no_more_than_fits_a_line(store: Store, tmp_path: Path) -> None:
+    bad = {"title": "t", "chunks": [{"content": "c", "embedding": ["x"] * 1536, "embedding_model": "m"}]}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(bad))
+    report = await import_documents(store.database, tmp_path / "bad.jsonl")
+    (rejected,) = report.rejections
+    assert 10 < len(rejected.reason) <= 300

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import stat
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ REPORTED: Final = 100
 """So many rejections are kept for the report; the file of rejects holds all."""
 
 _NAME_LENGTH: Final = 100
+_REASON_LENGTH: Final = 300
 _LINE_START: Final = b'{"where":'
 
 
@@ -138,6 +140,8 @@ class Rejects:
             InvalidInputError: the file can no longer be written (a full disk).
         """
         self.count += 1
+        # One may name each of 1,536 numbers.
+        reason = textwrap.shorten(reason, _REASON_LENGTH, placeholder=" ...")
         if len(self._first) < REPORTED:
             self._first.append(Rejected(where, reason))
         if self._file is not None:
