@@ -14,7 +14,8 @@ from kotonoha_store import archive_writes, metrics
 from kotonoha_store.archive_pieces import Rules, Snapshot, make_pieces
 from kotonoha_store.archive_restore import RestoredSession, restore_source
 from kotonoha_store.checks import check_id
-from kotonoha_store.database import Database, translated, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated, translated_errors
 from kotonoha_store.errors import InvalidInputError, NotFoundError, StoreTimeoutError, StoreUnavailableError
 from kotonoha_store.events import log_event
 from kotonoha_store.records import SCOPE_FIELDS, Scope, SessionStatus

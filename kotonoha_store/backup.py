@@ -42,7 +42,8 @@ from kotonoha_store.backup_contents import (
     write_manifest,
 )
 from kotonoha_store.checks import check_text
-from kotonoha_store.database import Database, sqlstate_of, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import sqlstate_of, translated_errors
 from kotonoha_store.errors import ConfigurationError, ExtensionMissingError, InvalidInputError, StoreError
 from kotonoha_store.migrations import UNFINISHED, SchemaState
 from kotonoha_store.records import Progress

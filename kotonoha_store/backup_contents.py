@@ -13,7 +13,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import InvalidInputError, StoreError
 from kotonoha_store.migrations import UNFINISHED
 

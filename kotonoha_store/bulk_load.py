@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import index_builds
 from kotonoha_store.columns import AnySelect
-from kotonoha_store.database import Database, dump_json, translated_errors
+from kotonoha_store.database import Database, dump_json
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, StoreTimeoutError, StoreUnavailableError
 from kotonoha_store.index_builds import OnProgress
 from kotonoha_store.knowledge import CheckedDocument, KnowledgeRepository, OwnedRow, check_document

@@ -16,8 +16,9 @@ from kotonoha_store import doctor_server as server
 from kotonoha_store import doctor_tables as tables
 from kotonoha_store import migrations
 from kotonoha_store.checks import check_number
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
 from kotonoha_store.doctor_findings import Case, Finding, Severity, error, ok, warning, worst
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import ConfigurationError, SchemaOutdatedError, StoreError, StoreTimeoutError
 from kotonoha_store.records import Progress
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from kotonoha_store import dead_letters, queue_statements
 from kotonoha_store.checks import check_text
 from kotonoha_store.columns import VectorLike, pack_vectors
-from kotonoha_store.database import Database, translated
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated
 from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError, StoreUnavailableError
 from kotonoha_store.metrics import DEAD_LETTERS, OLDEST_JOB_SECONDS, PAUSED_PROVIDERS, PENDING_CHUNKS
 from kotonoha_store.prepared import Prepared

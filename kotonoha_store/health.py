@@ -24,7 +24,8 @@ from sqlalchemy.pool import QueuePool
 
 from kotonoha_store import migrations
 from kotonoha_store.checks import check_number
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.embedding_queue import OUTAGE_FAILURES, EmbeddingQueue
 from kotonoha_store.errors import (
     ConfigurationError,

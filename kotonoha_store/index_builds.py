@@ -21,7 +21,8 @@ from sqlalchemy.schema import CreateIndex
 from kotonoha_store import migrations
 from kotonoha_store.checks import check_count
 from kotonoha_store.columns import EMBEDDING_DIMENSION
-from kotonoha_store.database import Database, driver_connection, translated_errors
+from kotonoha_store.database import Database, driver_connection
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError, SchemaOutdatedError, StoreError
 from kotonoha_store.models import Base
 

@@ -14,7 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from kotonoha_store import bulk_changes
 from kotonoha_store.checks import check_id, check_json, check_text, in_utc
 from kotonoha_store.columns import AnyRow, AnySelect, PackedVector, pack_vectors
-from kotonoha_store.database import driver_connection, dump_json, ensure_codecs, translated
+from kotonoha_store.database import driver_connection, dump_json, ensure_codecs
+from kotonoha_store.driver_errors import translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError
 from kotonoha_store.models import KnowledgeChunk, KnowledgeChunkDeadLetter, KnowledgeSource
 from kotonoha_store.records import SCOPE_FIELDS, DocumentResult, NewChunk, Scope, SourceRecord, SourceStatus, SourceType

@@ -10,7 +10,8 @@ import numpy as np
 
 from kotonoha_store import search_statements as statements
 from kotonoha_store.checks import check_count, check_number, check_text
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import NotFoundError
 from kotonoha_store.filters import EVERYTHING
 from kotonoha_store.prepared import Prepared

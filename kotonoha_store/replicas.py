@@ -23,7 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import QueuePool
 
 from kotonoha_store import metrics
-from kotonoha_store.database import Database, driver_connection, translated_errors
+from kotonoha_store.database import Database, driver_connection
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.endpoints import postgres_url
 from kotonoha_store.errors import (
     ConfigurationError,

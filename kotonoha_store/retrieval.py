@@ -14,8 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import search_statements as statements
 from kotonoha_store.columns import VectorLike
-from kotonoha_store.database import ensure_codecs, translated
+from kotonoha_store.database import ensure_codecs
 from kotonoha_store.diversity import spread_out
+from kotonoha_store.driver_errors import translated
 from kotonoha_store.errors import InvalidInputError, ModelMismatchError
 from kotonoha_store.filters import EVERYTHING as EVERYTHING_SHAPE
 from kotonoha_store.prepared import Prepared

@@ -22,7 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from kotonoha_store import migrations, role_queries
 from kotonoha_store.checks import check_text
-from kotonoha_store.database import Database, sqlstate_of, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import sqlstate_of, translated_errors
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, SchemaOutdatedError, StoreError
 from kotonoha_store.models import Base
 

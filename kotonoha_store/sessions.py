@@ -27,7 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store.checks import check_id, check_text
 from kotonoha_store.columns import AnyRow, AnySelect
-from kotonoha_store.database import dump_json, translated
+from kotonoha_store.database import dump_json
+from kotonoha_store.driver_errors import translated
 from kotonoha_store.errors import InvalidInputError, NotFoundError, StaleSessionError
 from kotonoha_store.models import Session
 from kotonoha_store.prepared import Prepared, prepare

@@ -10,7 +10,8 @@ from typing import Any, Final
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.models import Base
 from kotonoha_store.records import Progress, ProviderPause, QueueDepth, SessionStatus, SourceStatus

@@ -17,8 +17,9 @@ from kotonoha_store.archiver import SessionArchiver
 from kotonoha_store.bulk_load import LoadReport, NewDocument, OnRejected, load_documents
 from kotonoha_store.checks import check_count
 from kotonoha_store.columns import VectorLike
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
 from kotonoha_store.document_parts import TextPart, document_chunks
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.embedders import Embedder, embedder_from_settings
 from kotonoha_store.embedding_queue import EmbeddingQueue
 from kotonoha_store.errors import ConfigurationError, InvalidInputError, NotFoundError, StoreError

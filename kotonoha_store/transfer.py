@@ -31,7 +31,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from kotonoha_store import migrations
 from kotonoha_store.checks import check_id
 from kotonoha_store.columns import EMBEDDING_DIMENSION, HalfVector
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import InvalidInputError
 from kotonoha_store.models import (
     Base,

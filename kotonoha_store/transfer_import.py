@@ -13,7 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from kotonoha_store import migrations
 from kotonoha_store.bulk_load import BATCH_CHUNKS, COPY_ROWS, IndexOfLoad
-from kotonoha_store.database import Database, driver_connection, ensure_codecs, translated_errors
+from kotonoha_store.database import Database, driver_connection, ensure_codecs
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import InvalidInputError
 from kotonoha_store.importers.report import Counts, ImportReport, Rejects
 from kotonoha_store.index_builds import OnProgress

@@ -39,15 +39,8 @@ from kotonoha_store import (
     migrations,
 )
 from kotonoha_store.columns import HALF_MAX, PackedVector, check_vectors, pack_vector, unpack_vector
-from kotonoha_store.database import (
-    connect_arguments,
-    database_url,
-    driver_connection,
-    dump_json,
-    register_codecs,
-    translate_error,
-    translated_errors,
-)
+from kotonoha_store.database import connect_arguments, database_url, driver_connection, dump_json, register_codecs
+from kotonoha_store.driver_errors import translate_error, translated_errors
 
 DIMENSION = 1536
 VECTOR = np.linspace(-1, 1, DIMENSION)

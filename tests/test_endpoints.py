@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from kotonoha_store import ConfigurationError, Database, Settings, StoreUnavailableError
-from kotonoha_store.database import translate_error
+from kotonoha_store.driver_errors import translate_error
 from kotonoha_store.endpoints import connect_arguments, database_url, direct_url, is_pooled
 
 NEON = "ep-cool-darkness-123456-pooler.us-east-2.aws.neon.tech"

@@ -25,7 +25,7 @@ from kotonoha_store import (
     StoreUnavailableError,
     migrations,
 )
-from kotonoha_store.database import translated_errors
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.transfer import export_jsonl
 from kotonoha_store.wakeup import JOBS_CHANNEL, Listener
 

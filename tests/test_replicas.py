@@ -31,7 +31,7 @@ from kotonoha_store import (
     migrations,
     replicas,
 )
-from kotonoha_store.database import translate_error
+from kotonoha_store.driver_errors import translate_error
 
 GUILD = SearchFilters(guild_id=1)
 

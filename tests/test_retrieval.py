@@ -31,7 +31,7 @@ from kotonoha_store import (
     Store,
     StoreUnavailableError,
 )
-from kotonoha_store.database import translated_errors
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.search_records import AnyFilters
 from kotonoha_store.selectivity import Remembered, Selectivity
 

@@ -29,7 +29,8 @@ from kotonoha_store import (
     StoreUnavailableError,
     UnitOfWork,
 )
-from kotonoha_store.database import connect_arguments, translate_error
+from kotonoha_store.database import connect_arguments
+from kotonoha_store.driver_errors import translate_error
 
 pytestmark = pytest.mark.role("app", "worker")
 

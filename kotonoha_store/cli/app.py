@@ -53,7 +53,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kotonoha_store import migrations
-from kotonoha_store.database import Database, translate_error
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translate_error
 from kotonoha_store.errors import (
     ConfigurationError,
     InvalidInputError,

@@ -19,7 +19,8 @@ from kotonoha_store.cli.app import (
     plain,
     show,
 )
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.migrations import SchemaState
 from kotonoha_store.settings import Settings
 from kotonoha_store.statistics import connection_report

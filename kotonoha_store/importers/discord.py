@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from kotonoha_store.checks import check_id
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import InvalidInputError, NotFoundError, StoreUnavailableError
 from kotonoha_store.importers.discord_file import ExportFile, Place, ReadMessage, export_files
 from kotonoha_store.importers.report import Counts, ImportReport, Rejects, name

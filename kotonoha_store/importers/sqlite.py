@@ -11,7 +11,8 @@ from typing import Any, Final, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from kotonoha_store.checks import check_id
-from kotonoha_store.database import Database, translated_errors
+from kotonoha_store.database import Database
+from kotonoha_store.driver_errors import translated_errors
 from kotonoha_store.errors import InvalidInputError
 from kotonoha_store.importers.report import Counts, ImportReport, Rejects, name
 from kotonoha_store.importers.session_rows import (
