@@ -329,6 +329,8 @@ def _refuse_existing(file: Path, force: bool) -> None:
     for path in (file, manifest_path(file)):
         if path.is_dir():
             raise InvalidInputError(f"{path} is a directory; name a file")
+        if path.exists() and not path.is_file():
+            raise InvalidInputError(f"{path} is no regular file (a device or pipe); choose another name")
         if not force and (path.exists() or path.is_symlink()):
             raise InvalidInputError(f"{path} is there already; choose another name, or replace it with --force")
 

@@ -19,6 +19,7 @@ import numpy as np
 from sqlalchemy import BigInteger, Column, DateTime, Enum, Integer, LargeBinary, Uuid
 from sqlalchemy.dialects.postgresql import JSONB
 
+from kotonoha_store import migrations
 from kotonoha_store.checks import BIGINT_MAX, check_json, check_text, in_utc
 from kotonoha_store.columns import EMBEDDING_DIMENSION, HalfVector, PackedVector, pack_vector
 from kotonoha_store.errors import InvalidInputError
@@ -221,7 +222,7 @@ def _parse(line: bytes) -> Any:
 def read_header(line: bytes, path: Path) -> Mapping[str, Any]:
     try:
         header = json.loads(line)["kotonoha_store"]
-        version, dimension = int(header["format"]), int(header["dimension"])
+        version, dimension, revision = int(header["format"]), int(header["dimension"]), str(header["revision"])
         sequences = {kind: int(header["sequences"].get(kind, 0)) for kind in SEQUENCES}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InvalidInputError(f"{path.name} is no export of kotonoha-store: its first line is no header") from None
@@ -229,6 +230,11 @@ def read_header(line: bytes, path: Path) -> Mapping[str, Any]:
         raise InvalidInputError(
             f"{path.name} has the format {version}, and this version reads up to {FORMAT}; "
             "install a newer kotonoha-store"
+        )
+    if migrations.compare(revision).state == "newer":
+        raise InvalidInputError(
+            f"{path.name} was written at a revision that this version does not know; install the kotonoha-store that "
+            "wrote it, or a newer one"
         )
     if dimension != EMBEDDING_DIMENSION:
         raise InvalidInputError(

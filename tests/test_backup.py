@@ -194,6 +194,9 @@ def test_the_file_is_for_its_owner_alone_and_is_not_overwritten(
     assert "--force" in again.stderr
     assert CliRunner().invoke(app, ["backup", str(file), "--force"]).exit_code == 0
     assert file.stat().st_ino != before
+    os.mkfifo(tmp_path / "pipe")
+    refused = CliRunner().invoke(app, ["backup", str(tmp_path / "pipe"), "--force"])
+    assert (refused.exit_code, (tmp_path / "pipe").is_fifo()) == (3, True)
 
 
 def truncate(file: Path) -> None:

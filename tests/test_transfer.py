@@ -449,6 +449,7 @@ async def test_a_file_that_is_cut_off_or_changed_is_noticed_before_anything_is_w
         "last line is damaged": whole[:-20],
         "no header": whole[10:],
         "format 2": whole.replace(b'"format":1', b'"format":2', 1),
+        "a revision that": re.sub(rb'"revision":"[^"]*"', b'"revision":"0099"', whole, count=1),
         "3072 dimensions": whole.replace(b'"dimension":1536', b'"dimension":3072', 1),
         "sequences": re.sub(rb'"sequences":{"session":[0-9]+', b'"sequences":{"session":%d' % BIG, whole),
         "is empty": b"",
