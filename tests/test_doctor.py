@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from conftest import new_database, run_sql, settings_for
 from sqlalchemy import URL
+from sqlalchemy.schema import CreateTable
 from typer.testing import CliRunner
 
 from kotonoha_store import (
@@ -18,6 +19,7 @@ from kotonoha_store import (
     Database,
     ErrorCode,
     HashingEmbedder,
+    KnowledgeChunk,
     Message,
     Store,
     StoreUnavailableError,
@@ -129,6 +131,8 @@ async def test_a_defect_is_found_and_its_statements_mend_it(shared: URL, code: s
     user = (await rows(shared, "SELECT quote_ident(current_user)"))[0][0]
     await run_sql(shared, *(each.format(database=shared.database, user=user) for each in statements))
     await is_mended(shared, code)
+    # What it printed of the models is still theirs.
+    assert "FOREIGN KEY" in str(CreateTable(KnowledgeChunk.__table__))
 
 
 async def test_an_index_that_a_cancelled_build_left_invalid_is_found(shared: URL) -> None:
