@@ -124,7 +124,7 @@ def digest_of(file: Path) -> tuple[int, str]:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     # Exclusive, and for its owner alone from the first.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as stream:  # noqa: PTH123
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         values = asdict(manifest) | {"created_at": manifest.created_at.isoformat()}
         json.dump(values, stream, ensure_ascii=False, indent=2)
         stream.write("\n")

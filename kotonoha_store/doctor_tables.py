@@ -310,7 +310,7 @@ async def constraints(case: Case) -> list[Finding]:
         if name not in names:
             # Isolated, the model's own key would be left out of every table made from it later in this process.
             statement = AddConstraint(key, isolate_from_table=False)
-            sql = str(statement.compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+            sql = str(statement.compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]  # untyped there
             seen = f"the foreign key {name} is missing: what is deleted leaves rows behind that belong to nothing"
             found.append(error("foreign-key-missing", seen, "delete such rows, then make it again", sql))
     for row in there:

@@ -376,7 +376,7 @@ class _Builder:
         if options is not None:
             await self._run(name, _create_vector_index(VECTOR_INDEX, "knowledge_chunks", options))
             return
-        statement = str(CreateIndex(index).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+        statement = str(CreateIndex(index).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]  # untyped there
         await self._run(name, re.sub(r"^(CREATE (?:UNIQUE )?INDEX) ", r"\1 CONCURRENTLY ", statement))
 
     async def _replace(self, row: Any, options: tuple[int, int] | None) -> None:

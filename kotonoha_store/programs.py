@@ -228,7 +228,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
 
 
 async def _lines(stream: asyncio.StreamReader | None, last: deque[str], read: Callable[[str], None] | None) -> None:
-    assert stream is not None  # noqa: S101
+    assert stream is not None  # noqa: S101  it is a pipe
     while True:
         try:
             line = await stream.readline()
@@ -243,7 +243,7 @@ async def _lines(stream: asyncio.StreamReader | None, last: deque[str], read: Ca
 
 
 async def _all(stream: asyncio.StreamReader | None) -> str:
-    assert stream is not None  # noqa: S101
+    assert stream is not None  # noqa: S101  it is a pipe
     return (await stream.read()).decode(errors="replace")
 
 

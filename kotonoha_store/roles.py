@@ -487,7 +487,7 @@ async def _apply(
         return make(facts)
 
     await _in_turn(database, statements, done)
-    assert facts is not None  # noqa: S101
+    assert facts is not None  # noqa: S101  set by the first look
     return facts
 
 

@@ -57,7 +57,7 @@ async def run_service(
     failures = 0
     log_event(logger, logging.INFO, "service_started", loop=name)
     try:
-        await _unless(stop, asyncio.sleep(random.uniform(0, start_jitter.total_seconds())))  # noqa: S311
+        await _unless(stop, asyncio.sleep(random.uniform(0, start_jitter.total_seconds())))  # noqa: S311  no secret
         woken = False
         while not stop.is_set():
             try:
@@ -78,7 +78,7 @@ async def run_service(
                 await _unless(stop, asyncio.sleep(pause))
                 continue
             failures = 0
-            seconds = interval.total_seconds() * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311
+            seconds = interval.total_seconds() * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311  no secret
             if sooner is not None:
                 seconds = min(seconds, max(sooner.total_seconds(), 0.0))
             woken = bool(await _unless(stop, listener.wait(seconds)))

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -220,11 +220,7 @@ class _Import:
         }
         sources = tally.of("source")
         return ImportReport(
-            read=sources.read,
-            imported=sources.imported,
-            unchanged=sources.unchanged,
-            kept=sources.kept,
-            rejected=sources.rejected,
+            **asdict(sources),
             what="sources",
             inner=inner,
             details={"new ids": renumbered, "vector index": outcome},

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def backoff_seconds(failures: int, *, first: float, longest: float) -> float:
     """Return how long to wait after so many failures in a row: doubled each time, less up to half by chance."""
-    return min(longest, first * 2.0 ** min(max(failures, 1) - 1, 30)) * random.uniform(0.5, 1.0)  # noqa: S311
+    return min(longest, first * 2.0 ** min(max(failures, 1) - 1, 30)) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
 
 
 class Listener:

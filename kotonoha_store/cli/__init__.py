@@ -7,8 +7,8 @@ import warnings
 def main() -> None:
     """Run the command line; the entry point of the package."""
     try:
-        import rich  # noqa: F401
-        import typer  # noqa: F401
+        import rich  # noqa: F401  asked for, so that its absence is told
+        import typer  # noqa: F401  as above
     except ImportError:
         sys.exit('kotonoha-store: the command line needs the extra cli: pip install "kotonoha-store[cli]"')
     if not sys.warnoptions:  # python -W

@@ -39,6 +39,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import typer
@@ -254,7 +255,7 @@ def _is_of_a_file(error: BaseException) -> bool:
 def _unexpected(error: BaseException) -> str:
     # Neither its message, which may quote what is stored, nor more than one line.
     last = traceback.extract_tb(error.__traceback__)[-1:]
-    where = f" in {os.path.basename(last[0].filename)}, line {last[0].lineno}" if last else ""  # noqa: PTH119
+    where = f" in {Path(last[0].filename).name}, line {last[0].lineno}" if last else ""
     return (
         f"an unexpected {type(error).__name__}{where}, which is a defect of this program; run it again with "
         f"--traceback (or {_TRACEBACK}=1) and report what it prints"

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import pairwise
@@ -219,13 +220,8 @@ class _Run:
             self._chunks += archived.chunks
 
     def report(self) -> ImportReport:
-        counts = self._counts
         return ImportReport(
-            read=counts.read,
-            imported=counts.imported,
-            unchanged=counts.unchanged,
-            skipped=counts.skipped,
-            rejected=counts.rejected,
+            **asdict(self._counts),
             what="messages",
             inner={"files": self._files},
             details={"channels": len(self._places), "sources": self._sources, "chunks": self._chunks},

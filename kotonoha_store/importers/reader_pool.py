@@ -142,7 +142,7 @@ class ReaderPool:
 
     async def _ask(self, process: asyncio.subprocess.Process, request: dict[str, Any]) -> dict[str, Any]:
         assert process.stdin is not None  # noqa: S101  both are pipes
-        assert process.stdout is not None  # noqa: S101
+        assert process.stdout is not None  # noqa: S101  both are pipes
         try:
             async with asyncio.timeout(self._seconds):
                 process.stdin.write(json.dumps(request).encode() + b"\n")

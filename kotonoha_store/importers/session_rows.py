@@ -178,9 +178,9 @@ def compare(row: SessionRow, stored: StoredSession) -> Literal["same", "longer",
     return "same" if stored.total == length else "longer"
 
 
-def digest(key: str, type: str, scope: Scope, messages: Sequence[Any]) -> bytes:  # noqa: A002
+def digest(key: str, session_type: str, scope: Scope, messages: Sequence[Any]) -> bytes:
     """SHA-256 of what an import is to keep of a session."""
-    parts = [key, type, scope.channel_id, scope.thread_id, scope.user_id, _plain(list(messages))]
+    parts = [key, session_type, scope.channel_id, scope.thread_id, scope.user_id, _plain(list(messages))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).digest()
 
 

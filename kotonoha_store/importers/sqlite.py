@@ -5,6 +5,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -265,13 +266,8 @@ class _Run:
         if not self._dry_run:
             details["checksum_read"] = self._read_sum.hexdigest()
             details["checksum_stored"] = self._stored_sum.hexdigest()
-        counts = self.counts
         return ImportReport(
-            read=counts.read,
-            imported=counts.imported,
-            unchanged=counts.unchanged,
-            kept=counts.kept,
-            rejected=counts.rejected,
+            **asdict(self.counts),
             what="sessions",
             inner={"messages": self._messages},
             details=details,

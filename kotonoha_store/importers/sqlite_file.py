@@ -1,7 +1,6 @@
 """Reading the old bot's SQLite file: its rows as sessions, or why they are none."""
 
 import json
-import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -66,7 +65,8 @@ class SessionFile:
             self.total: int = self._connection.execute(_COUNT).fetchone()[0]
             columns = ", ".join(self._columns)
             # By key: two imports lock in the same order.
-            self._rows = self._connection.execute(f"SELECT {columns} FROM sessions ORDER BY session_key")  # noqa: S608
+            every = f"SELECT {columns} FROM sessions ORDER BY session_key"  # noqa: S608  names of ours, see _find_columns
+            self._rows = self._connection.execute(every)
         except sqlite3.Error as error:
             self._connection.close()
             _refuse(path, error)
@@ -131,7 +131,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _has_content(path: str) -> bool:
     try:
-        return os.stat(path).st_size > 0  # noqa: PTH116
+        return Path(path).stat().st_size > 0
     except OSError:
         return False
 
