@@ -8,7 +8,7 @@ Lock order everywhere: source, chunk, job, sources in the order of their ids.
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any, Final
@@ -24,7 +24,17 @@ from kotonoha_store.driver_errors import translated
 from kotonoha_store.errors import ErrorCode, InvalidInputError, LeaseLostError, StoreUnavailableError
 from kotonoha_store.metrics import DEAD_LETTERS, OLDEST_JOB_SECONDS, PAUSED_PROVIDERS, PENDING_CHUNKS
 from kotonoha_store.prepared import Prepared
-from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, Progress, ProviderPause, QueueDepth
+from kotonoha_store.queue_writes import (
+    end_jobs,
+    ids_of,
+    lock_sources,
+    lost_of,
+    raise_if_lost,
+    recompute_status,
+    run,
+    sources_of,
+)
+from kotonoha_store.records import ClaimedChunk, DeadLetter, Lease, Progress, ProviderPause, QueueDepth, Requeued
 from kotonoha_store.wakeup import JOBS_CHANNEL, Listener
 
 ERROR_MESSAGES: Final[dict[ErrorCode, str]] = {
@@ -48,19 +58,6 @@ FRONT_INTERVAL: Final = 1.0
 """How often, in seconds, claims begin at the front of the queue."""
 
 _REQUEUE_BATCH: Final = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Requeued:
-    """What :meth:`EmbeddingQueue.requeue_embedded` did, or with a dry run would do.
-
-    Attributes:
-        queued: chunks that were queued again.
-        waiting: chunks that were in the queue already.
-    """
-
-    queued: int = 0
-    waiting: int = 0
 
 
 class EmbeddingQueue:
@@ -181,7 +178,7 @@ class EmbeddingQueue:
         """
         ids = lease.chunk_ids if chunk_ids is None else chunk_ids
         held = await self._ids(queue_statements.heartbeat(), ids=list(ids), token=lease.token, duration=self.lease)
-        _raise_if(await self._lost(lease, set(ids) - held))
+        raise_if_lost(await self._lost(lease, set(ids) - held))
 
     @translated
     async def complete(
@@ -203,7 +200,7 @@ class EmbeddingQueue:
         statement = queue_statements.write_vector()
 
         async def write(driver: Any, sources: Sequence[int]) -> set[int]:
-            held = await _end_jobs(driver, lease, chunk_ids, sources)
+            held = await end_jobs(driver, lease, chunk_ids, sources)
             rows = [
                 statement.arguments({"chunk": chunk_id, "vector": vector, "model": model})
                 for chunk_id, vector in zip(chunk_ids, packed, strict=True)
@@ -224,7 +221,7 @@ class EmbeddingQueue:
         """
 
         async def write(driver: Any, sources: Sequence[int]) -> set[int]:
-            return await _end_jobs(driver, lease, chunk_ids, sources)
+            return await end_jobs(driver, lease, chunk_ids, sources)
 
         await self._settle(lease, chunk_ids, write)
 
@@ -245,7 +242,9 @@ class EmbeddingQueue:
 
         async def write(driver: Any, sources: Sequence[int]) -> set[int]:
             await lock_sources(driver, sources)
-            return await _ids(driver, queue_statements.copy_known(), ids=sorted(found), token=lease.token, model=model)
+            return await ids_of(
+                driver, queue_statements.copy_known(), ids=sorted(found), token=lease.token, model=model
+            )
 
         # What was lost, or whose twin is gone meanwhile, is embedded like any other.
         return await self._settle(lease, sorted(found), write, tell_lost=False)
@@ -266,7 +265,7 @@ class EmbeddingQueue:
             duration=delay,
             code=error_code,
         )
-        _raise_if(await self._lost(lease, set(chunk_ids) - held))
+        raise_if_lost(await self._lost(lease, set(chunk_ids) - held))
 
     @translated
     async def fail(
@@ -294,13 +293,13 @@ class EmbeddingQueue:
         async with self._locked(lease, over) as driver:
             held: set[int] = set()
             if again:
-                held = await _ids(driver, release, ids=again, token=lease.token, duration=retry_in, code=error_code)
+                held = await ids_of(driver, release, ids=again, token=lease.token, duration=retry_in, code=error_code)
             buried: set[int] = set()
             if over:
                 code = ErrorCode.EMBEDDING_MAX_RETRIES_EXCEEDED
                 buried = await self._bury(driver, lease, over, code, error_code, model)
-            lost = await _lost(driver, lease, set(chunk_ids) - held - buried)
-        _raise_if(lost)
+            lost = await lost_of(driver, lease, set(chunk_ids) - held - buried)
+        raise_if_lost(lost)
         return [chunk_id for chunk_id in over if chunk_id in buried]
 
     @translated
@@ -317,8 +316,8 @@ class EmbeddingQueue:
         """
         async with self._locked(lease, chunk_ids) as driver:
             held = await self._bury(driver, lease, chunk_ids, error_code, error_code, model)
-            lost = await _lost(driver, lease, set(chunk_ids) - held)
-        _raise_if(lost)
+            lost = await lost_of(driver, lease, set(chunk_ids) - held)
+        raise_if_lost(lost)
 
     @translated
     async def dead_letters(
@@ -406,7 +405,7 @@ class EmbeddingQueue:
         while rows := await self._fetch(page, after=after, **which):
             async with self._transaction() as driver:
                 await lock_sources(driver, sorted({row["source_id"] for row in rows}))
-                queued += len(await _ids(driver, queue_again, ids=[row["id"] for row in rows], **which))
+                queued += len(await ids_of(driver, queue_again, ids=[row["id"] for row in rows], **which))
             after, done = rows[-1]["id"], done + len(rows)
             progress(done, max(done, count["chunks"]))
         return Requeued(queued, done - queued)
@@ -534,13 +533,13 @@ class EmbeddingQueue:
         if not missing:
             return []
         async with self._database.driver() as driver:
-            return await _lost(driver, lease, missing)
+            return await lost_of(driver, lease, missing)
 
     @asynccontextmanager
     async def _locked(self, lease: Lease, chunk_ids: Sequence[int]) -> AsyncIterator[Any]:
         """A transaction in which the sources of these chunks are locked."""
         async with self._transaction() as driver:
-            await lock_sources(driver, _sources(lease, chunk_ids))
+            await lock_sources(driver, sources_of(lease, chunk_ids))
             yield driver
 
     @asynccontextmanager
@@ -559,14 +558,14 @@ class EmbeddingQueue:
     ) -> set[int]:
         """Let ``write`` lock the sources and write, let the status follow; returns what was written."""
         lost: list[int] = []
-        sources = _sources(lease, chunk_ids)
+        sources = sources_of(lease, chunk_ids)
         async with self._transaction() as driver:
             held = await write(driver, sources)
             if held:
                 await recompute_status(driver, sources)
             if tell_lost:
-                lost = await _lost(driver, lease, set(chunk_ids) - held)
-        _raise_if(lost)
+                lost = await lost_of(driver, lease, set(chunk_ids) - held)
+        raise_if_lost(lost)
         return held
 
     async def _bury(
@@ -579,9 +578,9 @@ class EmbeddingQueue:
         model: str | None,
     ) -> set[int]:
         # Of what is to be embedded again nothing is lost because the new model refuses it.
-        spared = await _ids(driver, queue_statements.spare(), ids=list(chunk_ids), token=lease.token)
+        spared = await ids_of(driver, queue_statements.spare(), ids=list(chunk_ids), token=lease.token)
         said: Mapping[str, Any] = {"code": code, "message": ERROR_MESSAGES[cause]}
-        buried = await _run(
+        buried = await run(
             driver,
             queue_statements.bury(),
             ids=list(chunk_ids),
@@ -592,56 +591,6 @@ class EmbeddingQueue:
         )
         if buried:
             sources = sorted({row["source_id"] for row in buried})
-            await _run(driver, queue_statements.blame(), ids=sources, **said)
+            await run(driver, queue_statements.blame(), ids=sources, **said)
             await recompute_status(driver, sources)
         return spared | {row["original_chunk_id"] for row in buried}
-
-
-def _sources(lease: Lease, chunk_ids: Sequence[int]) -> list[int]:
-    wanted = set(chunk_ids)
-    return sorted({chunk.source_id for chunk in lease.chunks if chunk.chunk_id in wanted})
-
-
-async def lock_sources(driver: Any, source_ids: Sequence[int]) -> None:
-    """See :func:`kotonoha_store.source_status.lock_sources`."""
-    await _run(driver, queue_statements.lock_sources(), ids=source_ids)
-
-
-async def recompute_status(driver: Any, source_ids: Sequence[int]) -> None:
-    """See :func:`kotonoha_store.source_status.recompute_status`."""
-    await _run(driver, queue_statements.recompute_status(), ids=source_ids)
-
-
-async def _end_jobs(driver: Any, lease: Lease, chunk_ids: Sequence[int], sources: Sequence[int]) -> set[int]:
-    statement = queue_statements.finish()
-    return await _ids(driver, statement, ids=list(chunk_ids), token=lease.token, sources=sources)
-
-
-async def _run(driver: Any, statement: Prepared, **values: Any) -> list[Any]:
-    rows: list[Any] = await driver.fetch(statement.sql, *statement.arguments(values))
-    return rows
-
-
-async def _ids(driver: Any, statement: Prepared, **values: Any) -> set[int]:
-    return {row[0] for row in await _run(driver, statement, **values)}
-
-
-async def _lost(driver: Any, lease: Lease, missing: set[int]) -> list[int]:
-    """Those of the chunks not written that somebody else took, embedded or buried.
-
-    The rest was deleted, or is just being deleted.
-    """
-    if not missing:
-        return []
-    # In this order: what is deleted between the two is gone from the second as well.
-    ours = await _ids(driver, queue_statements.still_ours(), ids=sorted(missing), token=lease.token)
-    return sorted(await _ids(driver, queue_statements.still_there(), ids=sorted(missing)) - ours)
-
-
-def _raise_if(lost: Sequence[int]) -> None:
-    if lost:
-        raise LeaseLostError(
-            f"{len(lost)} of these chunks belong to another worker now: the lease had ended; "
-            "nothing was written for them. Raise KB_EMBEDDING_LEASE_SECONDS if calls take that long",
-            lost,
-        )

@@ -400,6 +400,19 @@ class DeadLetter:
 
 
 @dataclass(frozen=True, slots=True)
+class Requeued:
+    """What :meth:`~kotonoha_store.EmbeddingQueue.requeue_embedded` did, or with a dry run would do.
+
+    Attributes:
+        queued: chunks that were queued again.
+        waiting: chunks that were in the queue already.
+    """
+
+    queued: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class QueueDepth:
     """How the queue stands.
 

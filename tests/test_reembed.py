@@ -22,7 +22,7 @@ from kotonoha_store import (
     UnembeddableTextError,
     embedding_queue,
 )
-from kotonoha_store.embedding_queue import Requeued
+from kotonoha_store.records import Requeued
 from kotonoha_store.settings import Settings
 
 TEXTS = ["alpha", "bravo", "charlie", "delta", "echo"]
