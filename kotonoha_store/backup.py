@@ -238,15 +238,15 @@ async def _read_by_few() -> AsyncIterator[None]:
         ) from error
 
 
-_WHERE: Final = text("""
+_WHERE: Final = text(f"""
     SELECT n.nspname AS schema, current_setting('server_version') AS server,
         CAST(current_setting('server_version_num') AS integer) / 10000 AS major, now() AS now,
         (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS vector,
         (SELECT e.nspname FROM pg_extension AS x JOIN pg_namespace AS e ON e.oid = x.extnamespace
             WHERE x.extname = 'vector') AS vector_schema
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE c.relname = 'alembic_version' AND c.relkind = 'r' AND pg_table_is_visible(c.oid)
-""")
+    WHERE c.oid = CAST(({migrations.VERSION_TABLE}) AS regclass)
+""")  # noqa: S608  a constant
 
 _TARGET: Final = text("""
     SELECT CAST(current_setting('server_version_num') AS integer) / 10000 AS major,

@@ -435,3 +435,17 @@ def test_what_a_program_says_is_told_without_values(line: str, said: str) -> Non
     error = programs._failure("pg_restore", ["noise", f"pg_restore: error: {line}", "CONTEXT: geheim"], 1)
     assert said in str(error)
     assert "geheim" not in str(error)
+
+
+async def test_another_applications_revision_in_front_is_not_what_is_saved(migrated_url: URL, tmp_path: Path) -> None:
+    await run_sql(
+        migrated_url,
+        "CREATE SCHEMA front",
+        "CREATE TABLE front.alembic_version (version_num text)",
+        "INSERT INTO front.alembic_version VALUES ('abc123')",
+        f'ALTER DATABASE "{migrated_url.database}" SET search_path = front, public',
+    )
+    async with Database(migrated_url, settings_for(migrated_url)) as database:
+        manifest = await backup.backup(database, tmp_path / "x")
+        assert (manifest.schema, manifest.revision) == ("public", await migrations.current(database))
+    assert "knowledge_chunks" in manifest.tables
