@@ -10,10 +10,8 @@ takes it for whole.
 """
 
 import asyncio
-import contextlib
 import os
 import re
-import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -28,7 +26,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from kotonoha_store import migrations, programs
+from kotonoha_store import backup_files, migrations, programs
 from kotonoha_store.backup_contents import (
     NO_TIMEOUTS,
     REVISION,
@@ -37,9 +35,7 @@ from kotonoha_store.backup_contents import (
     checked,
     compare,
     digest_of,
-    manifest_path,
     sums,
-    write_manifest,
 )
 from kotonoha_store.checks import check_text
 from kotonoha_store.database import Database
@@ -87,13 +83,13 @@ async def backup(database: Database, file: Path, *, force: bool = False, progres
         StoreUnavailableError: the server did not answer, or a table stayed locked. Run it again.
         OSError: the file cannot be written.
     """
-    file = _place(file, force)
+    file = backup_files.place(file, force)
     async with database.patient() as direct, _read_by_few(), _snapshot(direct) as connection:
         with translated_errors():
             source = await _source(connection)
         tools = await asyncio.to_thread(programs.to_dump, source.major)
-        await asyncio.to_thread(_remove_abandoned, file)
-        partial, lock = _new_file(file)
+        await asyncio.to_thread(backup_files.remove_abandoned, file)
+        partial, lock = backup_files.new_file(file)
         try:
             dump = programs.run(
                 tools,
@@ -125,9 +121,9 @@ async def backup(database: Database, file: Path, *, force: bool = False, progres
                 tables=tables,
                 sequences=source.sequences,
             )
-            await asyncio.to_thread(_publish, partial, manifest, file, force)
+            await asyncio.to_thread(backup_files.publish, partial, manifest, file, force)
         finally:
-            _discard(partial)
+            backup_files.discard(partial)
             os.close(lock)
     return manifest
 
@@ -160,7 +156,7 @@ async def restore(
             ``replace``.
         StoreError: what came back is not what the manifest says; the message names the tables.
     """
-    file = _absolute(file)
+    file = backup_files.absolute(file)
     manifest = await asyncio.to_thread(checked, file)
     target = str(to if to is not None else database.direct_url.database or database.settings.postgres_db)
     check_text(target, "the name of the database")
@@ -309,86 +305,6 @@ async def _both(first: Any, second: Any) -> tuple[Any, Any]:
         error = errors.exceptions[0]
         raise error from error.__cause__
     return tasks[0].result(), tasks[1].result()
-
-
-def _absolute(file: Path) -> Path:
-    """Never an option to a program, whatever its name."""
-    return Path(file).absolute()
-
-
-def _place(file: Path, force: bool) -> Path:
-    file = _absolute(file)
-    _refuse_existing(file, force)
-    if not file.parent.is_dir():
-        raise InvalidInputError(f"there is no directory {file.parent}; create it first")
-    return file
-
-
-def _refuse_existing(file: Path, force: bool) -> None:
-    for path in (file, manifest_path(file)):
-        if path.is_dir():
-            raise InvalidInputError(f"{path} is a directory; name a file")
-        if path.exists() and not path.is_file():
-            raise InvalidInputError(f"{path} is no regular file (a device or pipe); choose another name")
-        if not force and (path.exists() or path.is_symlink()):
-            raise InvalidInputError(f"{path} is there already; choose another name, or replace it with --force")
-
-
-def _new_file(file: Path) -> tuple[Path, int]:
-    """A file beside it that only its owner may read, and what holds a lock on it until it is closed."""
-    while True:
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".partial")
-        # Before it was locked, another backup may have taken it for abandoned.
-        if not _lock(descriptor) or os.fstat(descriptor).st_nlink:
-            return Path(name), descriptor
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock a file until it is closed, or this process ends. False where somebody else has, or nobody can."""
-    if sys.platform == "win32":
-        return False
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _remove_abandoned(file: Path) -> None:
-    """Remove what backups to the same file left that were killed: no process has it locked."""
-    pattern = re.compile(rf"\.{re.escape(file.name)}\.[a-z0-9_]{{8}}\.partial")
-    for path in file.parent.iterdir():
-        if pattern.fullmatch(path.name) is None:
-            continue
-        with contextlib.suppress(OSError), path.open("rb") as stream:
-            if _lock(stream.fileno()):
-                _discard(path)
-
-
-def _publish(partial: Path, manifest: Manifest, file: Path, force: bool) -> None:
-    write_manifest(manifest_path(partial), manifest)
-    _refuse_existing(file, force)
-    # The dump last: without it there is no backup, and beside an older one the manifest is seen not to fit.
-    manifest_path(partial).replace(manifest_path(file))
-    partial.replace(file)
-    _sync_directory(file.parent)
-
-
-def _discard(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    manifest_path(partial).unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _at(database: Database, name: str) -> Database:
