@@ -507,7 +507,7 @@ def test_scram_password(data_dir: Path) -> None:
     again.stop()
 
 
-def test_odd_passwords_reach_the_server_by_either_way_of_settings(data_dir: Path) -> None:
+def test_odd_passwords_reach_the_server_by_either_way_of_settings(data_dir: Path, tmp_path: Path) -> None:
     """Password, role and directory with odd characters; migrated and used as that role."""
     server = start(data_dir, databases=("kotonoha",))
     role = "böt %41@:/"
@@ -544,6 +544,9 @@ def test_odd_passwords_reach_the_server_by_either_way_of_settings(data_dir: Path
         (by_parts | {"POSTGRES_PASSWORD": ODD_PASSWORD}, by_parts | {"POSTGRES_PASSWORD": ODD_PASSWORD + "x"}),
     ):
         assert kotonoha("check", "--json", **right).json["connection"]["user"] == role
+        # By a program that is given the password in another way.
+        saved = kotonoha("backup", str(tmp_path / "x.dump"), "--force", **right)
+        assert saved.code == 0, saved.stderr
         refused = kotonoha("status", **wrong)
         assert refused.code == 3
         assert refused.stderr.startswith("kotonoha-store: the server refused this user or password")

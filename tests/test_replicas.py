@@ -75,8 +75,8 @@ async def opened(servers: Pair, name: str, *, replica: URL | None = None, **sett
 
 
 async def replayed(servers: Pair) -> None:
-    """Wait until the standby has all that the primary has now."""
-    position = await fetch(servers.url("postgres"), "SELECT pg_current_wal_flush_lsn()::text")
+    """Wait until the standby has all that the primary has now, and has not flushed yet."""
+    position = await fetch(servers.url("postgres"), replicas._WRITTEN)
     await until(servers.standby.url("postgres"), f"SELECT pg_last_wal_replay_lsn() >= '{position}'")
 
 
