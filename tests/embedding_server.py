@@ -241,8 +241,8 @@ class EmbeddingServer:
         return [text for body in self.requests for text in texts_of(body)]
 
     async def until(self, condition: Callable[[], object]) -> None:
-        """Wait until ``condition`` is true of requests, connections or in_flight; TimeoutError after 5 s."""
-        async with asyncio.timeout(5):
+        """Wait until ``condition`` is true of requests, connections or in_flight; TimeoutError after 30 s."""
+        async with asyncio.timeout(30):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
