@@ -185,7 +185,7 @@ async def test_a_chunk_that_is_being_deleted_is_not_waited_for(empty_url: URL) -
     async with opened(empty_url) as database, database.engine.connect() as other:
         await other.execute(text("DELETE FROM knowledge_chunks WHERE id = 3"))
         async with database.connect() as connection:
-            await asyncio.wait_for(connection.run_sync(revision.module.fill_terms), 10)
+            await asyncio.wait_for(connection.run_sync(revision.module.fill_terms), 30)
         await other.commit()
     assert len(await terms_of_chunks(empty_url)) == 7
     assert await terms_of_chunks(empty_url) == await expected_terms(empty_url)
