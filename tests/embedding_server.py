@@ -35,6 +35,7 @@ class Reply:
     status: int = 200
     content: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    after: asyncio.Event | None = None  # nothing is sent before
     delay: float = 0.0  # seconds before the first byte; infinity: never
     trickle: float = 0.0  # seconds between two bytes of the body
     close: bool = False  # hang up instead of answering
@@ -100,6 +101,11 @@ def echo(code: int) -> Behaviour:
 def hang(body: Body) -> Reply:
     """No answer until the client gives up."""
     return Reply(delay=math.inf)
+
+
+def held(until: asyncio.Event) -> Behaviour:
+    """The right answer, once that has happened."""
+    return lambda body: replace(ok(body), after=until)
 
 
 def slow(seconds: float, then: Behaviour = ok) -> Behaviour:
@@ -303,6 +309,8 @@ class EmbeddingServer:
         self._count(in_flight=1)
         try:
             reply = behaviour(body)
+            if reply.after is not None:
+                await reply.after.wait()
             if reply.delay:
                 # A client that gives up hangs up; waiting for that, too, keeps `connections` true.
                 with contextlib.suppress(TimeoutError):
