@@ -19,6 +19,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 from embedding_server import EmbeddingServer
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from pgbouncer import PROGRAM, PgBouncer, direct, pgbouncer
 from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -40,6 +42,12 @@ VERSION = int(os.environ.get("TEST_POSTGRES_VERSION", "18"))
 RUN = uuid.uuid4().hex[:8]
 # Roles are the whole server's.
 ROLES = f"kt_{RUN}"
+
+# A busy machine may stand still for seconds within an example, or while one is drawn. Every run draws the same ones:
+# what is new in a failure is the code. For others: --hypothesis-profile=explore.
+hypothesis_settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.register_profile("suite", hypothesis_settings.get_profile("explore"), derandomize=True)
+hypothesis_settings.load_profile("suite")
 
 # The summary says so.
 collect_ignore = [] if PROGRAM is not None else ["test_pooler.py"]
