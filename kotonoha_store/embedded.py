@@ -358,9 +358,12 @@ class _Cluster:
     def ready_address(self) -> tuple[int, str, int] | None:
         """As :meth:`address`, of a server that answers; the number in a stale file may be that of anything."""
         address = self.address()
-        if address and self.run("pg_isready", "-h", address[1], "-p", str(address[2]))[0] <= 1:
-            return address
-        return None
+        return address if address and self._readiness(address) <= 1 else None
+
+    def _readiness(self, address: tuple[int, str, int]) -> int:
+        """What pg_isready tells: 0 of a server that accepts, 1 of one that rejects, 2 of none."""
+        # By itself it takes one that is silent for 3 s, on a busy machine, for none.
+        return self.run("pg_isready", "-t", "30", "-h", address[1], "-p", str(address[2]))[0]
 
     def ensure_running(self) -> tuple[int, str, int]:
         log = self.data_dir / _SERVER_LOG
@@ -375,7 +378,7 @@ class _Cluster:
             address = self.address()
             rejecting = False
             if address:
-                ready, _output = self.run("pg_isready", "-h", address[1], "-p", str(address[2]))
+                ready = self._readiness(address)
                 if ready == 0:
                     return address
                 rejecting = ready == 1

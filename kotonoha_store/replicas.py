@@ -307,6 +307,7 @@ class Replica:
             self._is_asked = True
             # Longer, so that a pool without a free connection says so itself.
             async with asyncio.timeout(2 * ANSWER_SECONDS), self._database.driver() as connection:
+                asked_at = monotonic()
                 with translated_errors():
                     is_standby, replayed, since_replay, *identity = await connection.fetchrow(_REPLICA)
         except (StoreError, TimeoutError) as error:
@@ -319,7 +320,7 @@ class Replica:
             return
         finally:
             self._is_asked = self._is_given_up = False
-        lag = None if replayed is None else self._lag(written, replayed, since_replay)
+        lag = None if replayed is None else self._lag(written, replayed, since_replay, asked_at)
         fault = self._judged(is_standby, lag, tuple(identity))
         if fault is None and self._status.reason == "lagging" and written is None and self._is_primary_full():
             # It may have caught up with what was known, and that be long ago.
@@ -349,7 +350,7 @@ class Replica:
         self._positions.append((monotonic(), written))
         return int(written)
 
-    def _lag(self, written: int | None, replayed: int, since_replay: float | None) -> float | None:
+    def _lag(self, written: int | None, replayed: int, since_replay: float | None, asked_at: float) -> float | None:
         """How far it is behind at most; by the primary's position, since a replica cannot know what it was not sent.
 
         Where the primary does not answer: how far behind what that last said. None where it has all of that.
@@ -358,10 +359,10 @@ class Replica:
             self._fresh_at = self._positions.popleft()[0]
         if not self._positions:
             return None if written is None else 0.0
-        now = monotonic()
         # The latter is long on a primary where nothing was written for a while; the former at the first look.
-        behind = min(now - self._fresh_at, inf if since_replay is None else since_replay)
-        return max(0.0, behind - (now - self._positions[-1][0]))
+        behind = min(asked_at - self._fresh_at, inf if since_replay is None else since_replay)
+        # By when it was asked: it answered later, and this process noticed later still.
+        return max(0.0, behind - (asked_at - self._positions[-1][0]))
 
     def _judged(self, is_standby: bool, lag: float | None, identity: tuple[Any, ...]) -> Reason | None:
         if self._identity is None:

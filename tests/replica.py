@@ -78,6 +78,8 @@ def pair() -> Iterator[Pair]:
     try:
         # Copied with the data. Nothing here has to survive the machine.
         asyncio.run(fetch(make_url(primary.url("postgres")), "ALTER SYSTEM SET fsync = off"))
+        # A checkpoint removes nothing that a standby needs which is stopped or cut off meanwhile.
+        asyncio.run(fetch(make_url(primary.url("postgres")), "ALTER SYSTEM SET wal_keep_size = '1GB'"))
         asyncio.run(fetch(make_url(primary.url("postgres")), "SELECT pg_reload_conf()"))
         servers = Pair(primary, directory)
         try:
@@ -105,6 +107,7 @@ class Relay:
         self._url = url
         self.is_silent = False
         self.swallowed = asyncio.Event()
+        self._serving: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> URL:
@@ -112,16 +115,32 @@ class Relay:
         return self._url.set(host="127.0.0.1", port=port, query={})
 
     async def __aenter__(self) -> "Relay":
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
+        # Else a socket that is still open when the loop ends is a warning, in whichever test then runs.
+        for task in self._serving:
+            task.cancel()
+        if self._serving:
+            await asyncio.wait(self._serving)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._serving.add(asyncio.create_task(self._serve(reader, writer)))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = f"{self._url.query['host']}/.s.PGSQL.{self._url.query['port']}"
-        there = await asyncio.open_unix_connection(path)
-        await asyncio.gather(self._pass_on(reader, there[1]), self._pass_on(there[0], writer))
+        writers = [writer]
+        try:
+            there = await asyncio.open_unix_connection(path)
+            writers.append(there[1])
+            await asyncio.gather(self._pass_on(reader, there[1]), self._pass_on(there[0], writer))
+        finally:
+            for each in writers:
+                each.close()
+                with suppress(ConnectionError):
+                    await each.wait_closed()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
