@@ -123,12 +123,25 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def run_sql(url: URL, *statements: str) -> None:
-    connection = await asyncpg.connect(**connect_arguments(url, Settings(_env_file=None)))
+    patient = Settings(_env_file=None, db_connect_timeout=60, db_command_timeout=300)
+    connection = await asyncpg.connect(**connect_arguments(url, patient))
     try:
         for statement in statements:
             await connection.execute(statement)
     finally:
         await connection.close()
+
+
+async def run_alone(server: URL, statement: str) -> None:
+    """Of a database that nobody may be connected to; whoever is leaving has more than the server's five seconds."""
+    for attempt in range(1, 7):
+        try:
+            await run_sql(server, statement)
+        except asyncpg.ObjectInUseError:
+            if attempt == 6:
+                raise
+        else:
+            return
 
 
 def settings_for(url: URL, **values: object) -> Settings:
@@ -147,11 +160,11 @@ def new_database(server: URL, *, template: str = "template0") -> Iterator[URL]:
         # A pooler keeps connections that its clients have left, and a template must have none.
         left = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{template}'"
         asyncio.run(run_sql(server, left))
-    asyncio.run(run_sql(server, f'CREATE DATABASE {name} TEMPLATE {template} ENCODING "UTF8"'))
+    asyncio.run(run_alone(server, f'CREATE DATABASE {name} TEMPLATE {template} ENCODING "UTF8"'))
     try:
         yield _poolers[0].url(name) if _poolers else server.set(database=name)
     finally:
-        asyncio.run(run_sql(server, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+        asyncio.run(run_alone(server, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="session")
