@@ -131,9 +131,11 @@ async def test_what_is_of_another_tenant_stays(knowledge: KnowledgeRepository, s
     for guild in (1, 2, None):
         for kind in SourceType:
             await add(knowledge, *plain("x"), scope=Scope(guild), kind=kind)
-    before = await query(session, "SELECT to_jsonb(s) FROM knowledge_sources s WHERE guild_id IS DISTINCT FROM 1")
+    before = await query(
+        session, "SELECT to_jsonb(s) FROM knowledge_sources s WHERE guild_id IS DISTINCT FROM 1 ORDER BY id"
+    )
     assert (await knowledge.delete_chunks(GUILD)).sources == len(SourceType)
-    assert await query(session, "SELECT to_jsonb(s) FROM knowledge_sources s") == before
+    assert await query(session, "SELECT to_jsonb(s) FROM knowledge_sources s ORDER BY id") == before
 
 
 async def test_what_keeps_nothing_changes_nothing(knowledge: KnowledgeRepository, session: AsyncSession) -> None:

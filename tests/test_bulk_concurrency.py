@@ -77,7 +77,7 @@ async def test_a_rollback_leaves_all_as_it_was(database: Database, change: str) 
 async def seen_waiting(database: Database, number: int = 1) -> None:
     """Return once so many transactions wait for a lock."""
     statement = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             async with database.begin() as session:
                 if (await query(session, statement))[0] >= number:
@@ -155,8 +155,8 @@ async def test_a_worker_gets_on_while_its_chunks_are_being_deleted(
         await KnowledgeRepository(session).delete_chunks(GUILD & SearchFilters(since=JUNE + DAY))
         working = asyncio.create_task(WRITES[write](queue, lease, [*ours, *theirs]))
         # Whoever writes less than a vector or a dead letter does not even wait.
-        await (seen_waiting(database) if write in ("complete", "bury") else asyncio.wait_for(working, 20))
-    await asyncio.wait_for(working, 20)
+        await (seen_waiting(database) if write in ("complete", "bury") else asyncio.wait_for(working, 60))
+    await asyncio.wait_for(working, 60)
     async with database.begin() as session:
         assert await ids_of(session, "knowledge_chunks") == [*ids[: len(old)], *([] if write == "bury" else theirs)]
         assert await ids_of(session, "knowledge_chunks_dlq", "original_chunk_id") == (theirs if write == "bury" else [])
@@ -282,8 +282,8 @@ async def test_a_dry_run_waits_for_nobody(database: Database) -> None:
     await added(database, *plain("a"))
     async with database.begin() as session:
         await query(session, "LOCK TABLE knowledge_sources, knowledge_chunks, embedding_jobs IN EXCLUSIVE MODE")
-        assert await asyncio.wait_for(delete_by(database, dry_run=True), 5) == BulkResult(1, 1, 0, True)
-        assert await asyncio.wait_for(update_by(database, title="x", dry_run=True), 5) == BulkResult(1, 1, 0, True)
+        assert await asyncio.wait_for(delete_by(database, dry_run=True), 30) == BulkResult(1, 1, 0, True)
+        assert await asyncio.wait_for(update_by(database, title="x", dry_run=True), 30) == BulkResult(1, 1, 0, True)
 
 
 async def test_a_source_that_is_just_being_deleted_is_passed_over(database: Database) -> None:
