@@ -63,7 +63,7 @@ async def writing(url: URL) -> AsyncIterator[None]:
 
 async def building(connection: Any) -> None:
     """Return once a build waits for the transaction that writes."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while not await connection.fetchval(  # noqa: ASYNC110  the server's state is asked for
             "SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting for%'"
         ):
@@ -85,22 +85,28 @@ async def test_other_options_come_beside_searches_and_writes_and_leave_one_index
     vectors = await fill(store, 600)
     async with raw(migrated_url) as connection:
         before = await definitions(connection)
-        seen: list[str] = []
-        build = asyncio.create_task(
-            index_builds.reindex(
-                store.database, m=8, ef_construction=200, progress=lambda state: seen.append(state.phase)
+        seen = asyncio.Event()
+
+        async def search_and_write() -> None:
+            result = await store.search(
+                vectors[7], model=MODEL, everywhere=True, threshold=None, top_k=1, effort="thorough"
             )
-        )
-        during = 0
-        while not build.done():
-            result = await store.search(vectors[7], model=MODEL, everywhere=True, threshold=None, top_k=1)
             assert [hit.content for hit in result.hits] == ["text 7"]
             async with store.begin() as tx:
-                await tx.knowledge.put_document("new", [NewChunk(f"new {during}")])
-            during += bool(seen) and not build.done()
+                await tx.knowledge.put_document("new", [NewChunk("new")])
+
+        async with writing(migrated_url):
+            build = asyncio.create_task(
+                index_builds.reindex(store.database, m=8, ef_construction=200, progress=lambda _: seen.set())
+            )
+            await building(connection)
+            await asyncio.wait_for(seen.wait(), 30)
+            await search_and_write()
+            assert not build.done()
+        while not build.done():
+            await search_and_write()
         report = await build
         after = await definitions(connection)
-    assert during
     (built,) = report.built
     assert (built.name, built.action, built.fitted) == (VECTOR_INDEX, IndexAction.REPLACED, True)
     assert built.size > 0
@@ -148,16 +154,15 @@ async def test_a_cancelled_build_leaves_the_index_in_use_and_its_remains_go_with
 async def test_a_build_cancelled_where_nobody_is_in_the_way_leaves_nothing(
     store: Store, migrated_url: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await fill(store, 400)
-    started = asyncio.Event()
-    monkeypatch.setattr(index_builds, "_POLL_SECONDS", 0.01)
-    build = asyncio.create_task(
-        index_builds.reindex(store.database, m=40, ef_construction=900, progress=lambda _: started.set())
-    )
-    await started.wait()
-    build.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await build
+    await fill(store, 20)
+    monkeypatch.setattr(index_builds, "_CLEAN_SECONDS", 60)
+    async with raw(migrated_url) as connection:
+        async with writing(migrated_url):
+            build = asyncio.create_task(index_builds.reindex(store.database, m=8))
+            await building(connection)
+            build.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await build
     assert await states(store.database) == {}
 
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_sql, settings_for
+from conftest import VERSION, run_sql, settings_for
 from migrating import HEAD, alembic, fetch, fetch_value, finished, new_role, opened, seeded, upgrade
-from sqlalchemy import URL, Connection, text
+from sqlalchemy import URL, Connection, event, text
 
 from kotonoha_store import (
     ConfigurationError,
@@ -52,7 +53,7 @@ def test_two_upgrades_in_two_threads_both_succeed(empty_url: URL) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(180)
     assert not errors
     assert asyncio.run(fetch_value(empty_url, "SELECT version_num FROM alembic_version")) == HEAD
 
@@ -74,18 +75,34 @@ async def test_one_connection_in_the_pool_is_enough(empty_url: URL) -> None:
         await migrations.check(database)
 
 
-async def test_time_outs_of_the_role_do_not_end_a_migration(empty_url: URL) -> None:
+async def test_time_outs_of_the_role_do_not_end_a_migration(empty_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosted servers set such; building an index takes longer."""
     await seeded(empty_url)
-    await run_sql(
-        empty_url,
-        f"ALTER DATABASE {empty_url.database} SET statement_timeout = '300ms'",
-        f"ALTER DATABASE {empty_url.database} SET idle_session_timeout = '300ms'",
-        # Each chunk takes a while.
-        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.1); RETURN NEW; END $$",
-        "CREATE TRIGGER slow BEFORE UPDATE ON knowledge_chunks FOR EACH ROW EXECUTE FUNCTION slow()",
-    )
-    await upgrade(empty_url)
+    names = {"statement_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"}
+    if VERSION >= 17:
+        names.add("transaction_timeout")
+    # Too long to end anything here: in the middle they must be off, on the connection that holds the lock too.
+    await run_sql(empty_url, *(f"ALTER DATABASE {empty_url.database} SET {name} = '1h'" for name in names))
+    seen: dict[str, dict[str, str]] = {}
+    async with opened(empty_url) as database:
+        make_patient = database.patient
+
+        def patient() -> Database:
+            made = make_patient()
+
+            @event.listens_for(made.engine.sync_engine, "before_cursor_execute")
+            def look(connection: Connection, _cursor: Any, sql: str, *_: Any) -> None:
+                for statement in ("UPDATE knowledge_chunks AS c", "IF NOT EXISTS idx_chunks_embedding", "_unlock("):
+                    if statement in sql and statement not in seen:
+                        found = connection.execute(text("SELECT name, setting FROM pg_settings")).all()
+                        seen[statement] = {row.name: row.setting for row in found if row.name in names}
+
+            return made
+
+        monkeypatch.setattr(database, "patient", patient)
+        await migrations.upgrade(database)
+    assert len(seen) == 3
+    assert all(settings == dict.fromkeys(names, "0") for settings in seen.values()), seen
 
 
 async def test_a_locked_table_gives_a_time_out_and_no_hang(empty_url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +112,7 @@ async def test_a_locked_table_gives_a_time_out_and_no_hang(empty_url: URL, monke
         async with database.begin() as session:
             await session.execute(text("SELECT FROM sessions"))
             with pytest.raises(StoreTimeoutError, match="lock"):
-                await asyncio.wait_for(upgrade(empty_url), 20)
+                await asyncio.wait_for(upgrade(empty_url), 60)
         await migrations.upgrade(database)
         assert await migrations.current(database) == HEAD
 
@@ -154,7 +171,7 @@ async def test_an_old_transaction_delays_indexes_past_the_lock_timeout(
                 await asyncio.sleep(0.02)
             await asyncio.sleep(0.5)
             assert not task.done()
-        await asyncio.wait_for(task, 30)
+        await asyncio.wait_for(task, 60)
 
 
 # -- the server and the role --------------------------------------------------------------------------------------
