@@ -122,7 +122,7 @@ async def test_an_empty_store_is_loaded_without_the_index_which_is_there_at_the_
     # Now somebody may be searching: it is kept unless asked otherwise.
     more = await load_documents(store.database, [document(number) for number in range(200, 300)])
     assert (more.index, more.rebuild_pays) == ("kept", True)
-    result = await store.search(VECTORS[7], model=MODEL, everywhere=True, threshold=None, top_k=1)
+    result = await store.search(VECTORS[7], model=MODEL, everywhere=True, threshold=None, top_k=1, effort="thorough")
     assert [hit.title for hit in result.hits] == ["title 7"]
 
 
@@ -155,7 +155,7 @@ async def test_after_a_kill_the_next_load_goes_on_and_the_index_comes_back_with_
     await index_builds.reindex(database, m=8, ef_construction=32)
     url = migrated_url.render_as_string(hide_password=False)
     script = KILLED.format(tests=str(request.path.parent), url=url)
-    process = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", script], timeout=60, check=False)
+    process = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", script], timeout=180, check=False)
     assert process.returncode == -signal.SIGKILL
     assert await broken(database) == ["missing"]
     there = await counted(database)

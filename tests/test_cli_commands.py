@@ -262,14 +262,11 @@ def test_a_failed_session_is_named_and_ends_archive_with_1(migrated_url: URL) ->
 
 def test_a_worker_archives_embeds_serves_metrics_and_drains_at_sigterm(migrated_url: URL) -> None:
     converse(migrated_url, "thread:1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     seen: list[str] = []
 
-    def stop_when_done() -> None:
+    def stop_when_done(port: int) -> None:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             done = "SELECT count(*) > 0 AND count(*) = count(embedding) FROM knowledge_chunks"
             while not fetch(migrated_url, done) and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -278,11 +275,16 @@ def test_a_worker_archives_embeds_serves_metrics_and_drains_at_sigterm(migrated_
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    other = threading.Thread(target=stop_when_done)
-    other.start()
-    arguments = ("worker", "--metrics-port", str(port), "--log-json", "--json")
-    ran = kotonoha(*arguments, url=migrated_url, KB_ARCHIVE_THRESHOLD_HOURS="0")
-    other.join(60)
+    with socket.socket() as kept:
+        # Bound and not listening, it keeps the port from all but a server, which sets this as well.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        port = kept.getsockname()[1]
+        other = threading.Thread(target=stop_when_done, args=(port,))
+        other.start()
+        arguments = ("worker", "--metrics-port", str(port), "--log-json", "--json")
+        ran = kotonoha(*arguments, url=migrated_url, KB_ARCHIVE_THRESHOLD_HOURS="0")
+        other.join(60)
     assert ran.code == 0
     assert ran.json == {"stopped": True}
     lines = [json.loads(line) for line in ran.stderr.splitlines()]

@@ -62,7 +62,7 @@ def run(url: URL | None, *arguments: str, cwd: Path = ROOT, **environment: str) 
         env={**os.environ, "COLUMNS": "160", "PYTHONWARNINGS": "error", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -191,7 +191,7 @@ def test_a_worker_process_runs_until_it_is_told_to_end(migrated_url: URL, tmp_pa
             assert line, said
             said += line
         process.terminate()
-        said += process.communicate(timeout=30)[1]
+        said += process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
     assert "service_ended" in said
     assert "Traceback" not in said

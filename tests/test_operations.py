@@ -71,7 +71,7 @@ def run(block: Block, environment: dict[str, str], folder: Path) -> "subprocess.
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -84,7 +84,7 @@ def run_until_stopped(block: Block, environment: dict[str, str], folder: Path) -
         output = process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         output += process.stderr.read()
-        return subprocess.CompletedProcess(command, process.wait(60), "", output)
+        return subprocess.CompletedProcess(command, process.wait(180), "", output)
 
 
 def test_every_block_runs_in_its_order(environment: dict[str, str], tmp_path: Path) -> None:
