@@ -166,9 +166,10 @@ def test_the_overlap_keeps_its_bound_when_less_text_has_more_tokens() -> None:
 @pytest.mark.parametrize("unit", ["a", "あ", "!", "\n", " a", "x\n\n\n", "👨‍👩‍👧", "e\u0301", "QUJD+/xy"])
 def test_hostile_text_is_split_in_linear_time(unit: str) -> None:
     text = "x" + unit * (300_000 // len(unit)) + "x"
-    started = time.perf_counter()
+    # Of this thread alone, whatever else the machine does.
+    started = time.thread_time()
     pieces = split_text(text)
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 10
     assert max(piece.token_count for piece in pieces) <= 4000
     assert uncovered(text, pieces) == ""
 

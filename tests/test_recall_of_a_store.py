@@ -219,7 +219,7 @@ async def test_messages_appended_and_archived_meanwhile(settings: Settings, monk
             await append(store, KEY, "Badgers came later.", channel_id=7)
 
         monkeypatch.setattr(embedder, "happens", happens)
-        recall = await asyncio.wait_for(recalled(store), 20)
+        recall = await asyncio.wait_for(recalled(store), 60)
         assert contents(recall.messages) == list(BADGERS)
         assert len(recall.result.hits) == 1
         assert recall.hits == ()

@@ -98,9 +98,10 @@ def test_slices_lose_nothing(text: str, size: int) -> None:
 )
 def test_hostile_text_is_counted_quickly(text: str, least: int, most: int) -> None:
     count_tokens("load")
-    started = time.perf_counter()
+    # Of this thread alone, whatever else the machine does.
+    started = time.thread_time()
     count = count_tokens(text)
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 10
     assert least <= count <= most
 
 
