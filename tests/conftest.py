@@ -302,7 +302,7 @@ async def server() -> AsyncIterator[EmbeddingServer]:
 
 @pytest.fixture
 async def embedder(server: EmbeddingServer) -> AsyncIterator[OpenAIEmbedder]:
-    embedder = OpenAIEmbedder(base_url=server.base_url, timeout=2.0)
+    embedder = OpenAIEmbedder(base_url=server.base_url, timeout=60.0)
     yield embedder
     await embedder.aclose()
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -88,7 +88,7 @@ async def test_a_dead_letter_tells_its_history(database: Database, queue: Embedd
     }
     assert death["buried_at"] < death["requeued_at"]
     assert letter.last_retry_at is not None
-    assert letter.last_retry_at.isoformat()[:19] == death["requeued_at"][:19]
+    assert letter.last_retry_at == datetime.fromisoformat(death["requeued_at"])
 
 
 async def test_the_history_is_bounded(database: Database, queue: EmbeddingQueue) -> None:
@@ -213,4 +213,4 @@ async def test_depth_tells_the_leased_from_the_put_off(database: Database, queue
     assert await EmbeddingWorker(queue, Scripted()).run_once() == EmbeddingReport(claimed=3, embedded=3)
     due = await queue.next_due()
     assert due is not None
-    assert timedelta(seconds=50) < due <= timedelta(minutes=1)
+    assert timedelta(0) < due <= timedelta(minutes=1)

@@ -26,6 +26,7 @@ from kotonoha_store import (
     NewChunk,
     NotFoundError,
     Scope,
+    Settings,
     SourceRecord,
     SourceType,
     StoreUnavailableError,
@@ -98,13 +99,13 @@ async def complete(queue: EmbeddingQueue, lease: Lease, chunk_ids: Sequence[int]
 
 async def test_the_longest_due_come_first_and_equal_ones_by_id(database: Database, queue: EmbeddingQueue) -> None:
     _, (a, b, c, d, e) = await add(database, *"abcde")
-    for chunk_id, seconds in ((a, 10), (b, 30), (c, 20), (d, 20), (e, -60)):
-        await sql(
-            database,
-            "UPDATE embedding_jobs SET available_at = now() - make_interval(secs => :s) WHERE chunk_id = :id",
-            s=seconds,
-            id=chunk_id,
-        )
+    # In one statement, so that equal ones are equal.
+    await sql(
+        database,
+        "UPDATE embedding_jobs SET available_at = now() - make_interval(secs => seconds)"
+        f" FROM (VALUES ({a}, 10), ({b}, 30), ({c}, 20), ({d}, 20), ({e}, -3600)) AS due (id, seconds)"
+        " WHERE chunk_id = id",
+    )
     assert [(await queue.claim(1)).chunk_ids for _ in range(5)] == [(b,), (c,), (d,), (a,), ()]
 
 
@@ -127,10 +128,11 @@ async def test_a_claim_of_nothing_is_refused(queue: EmbeddingQueue, limit: int) 
 
 async def test_the_lease_ends_when_it_says(database: Database) -> None:
     await add(database, "a")
-    before = datetime.now(UTC)
+    [before] = await sql(database, "SELECT now()")
     lease = await EmbeddingQueue(database, lease=timedelta(seconds=90)).claim()
+    [after] = await sql(database, "SELECT now()")
     assert lease.expires_at is not None
-    assert timedelta(seconds=85) < lease.expires_at - before < timedelta(seconds=95)
+    assert before <= lease.expires_at - timedelta(seconds=90) <= after
     assert (await jobs(database))[0][4] == lease.expires_at
 
 
@@ -138,10 +140,13 @@ async def test_a_short_lease_runs_out_by_itself(database: Database) -> None:
     _, ids = await add(database, "a")
     queue = EmbeddingQueue(database, lease=timedelta(milliseconds=300))
     first = await queue.claim()
-    assert (await queue.claim()).chunks == ()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not (second := await queue.claim()).chunks:  # noqa: ASYNC110  the server's clock
             await asyncio.sleep(0.05)
+    # Not before: a claim's own moment is where its lease begins.
+    assert first.expires_at is not None
+    assert second.expires_at is not None
+    assert second.expires_at - queue.lease >= first.expires_at
     assert second.chunk_ids == tuple(ids)
     assert [chunk.attempt for chunk in second.chunks] == [2]
     with pytest.raises(LeaseLostError):
@@ -211,7 +216,7 @@ async def test_the_claim_does_not_wait_for_a_locked_source(database: Database, q
     source_id, ids = await add(database, "a")
     async with database.begin() as session:
         await session.execute(text("SELECT id FROM knowledge_sources FOR UPDATE"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             lease = await queue.claim()
     assert lease.chunk_ids == tuple(ids)
     await complete(queue, lease, ids)
@@ -558,7 +563,7 @@ async def test_requeue_takes_what_meets_every_condition(database: Database, queu
     await queue.bury(lease, [a, c], ErrorCode.INVALID_INPUT)
     await queue.bury(lease, [b, d], ErrorCode.UNKNOWN_ERROR)
     letters = {letter.original_chunk_id: letter.id for letter in await queue.dead_letters()}
-    assert list(letters) == [a, c, b, d]
+    assert [set(list(letters)[:2]), set(list(letters)[2:])] == [{a, c}, {b, d}]
 
     assert await queue.requeue([]) == 0
     assert await queue.requeue([letters[a]], error_code=ErrorCode.UNKNOWN_ERROR) == 0
@@ -625,20 +630,20 @@ async def test_a_chunk_that_was_buried_twice_comes_back_once(database: Database,
     assert 1000 in (await queue.claim()).chunk_ids
 
 
-async def test_requeue_of_more_sources_than_a_statement_takes_parameters(
-    database: Database, queue: EmbeddingQueue
-) -> None:
+async def test_requeue_of_more_sources_than_a_statement_takes_parameters(settings: Settings) -> None:
     n = 33_000
-    await sql(
-        database,
-        "WITH s AS (INSERT INTO knowledge_sources (type, title, status) SELECT 'web_page', 'x', 'failed'"
-        " FROM generate_series(1, :n) RETURNING id)"
-        " INSERT INTO knowledge_chunks_dlq (source_id, content) SELECT id, 'a' FROM s",
-        n=n,
-    )
-    ids = await sql(database, "SELECT id FROM knowledge_chunks_dlq")
-    assert await queue.requeue(ids) == n
-    assert await sql(database, "SELECT DISTINCT status::text FROM knowledge_sources") == ["processing"]
+    # So many rows may take a busy server longer than the usual limit.
+    async with await Database.open(settings.model_copy(update={"db_command_timeout": 600.0})) as database:
+        await sql(
+            database,
+            "WITH s AS (INSERT INTO knowledge_sources (type, title, status) SELECT 'web_page', 'x', 'failed'"
+            " FROM generate_series(1, :n) RETURNING id)"
+            " INSERT INTO knowledge_chunks_dlq (source_id, content) SELECT id, 'a' FROM s",
+            n=n,
+        )
+        ids = await sql(database, "SELECT id FROM knowledge_chunks_dlq")
+        assert await EmbeddingQueue(database).requeue(ids) == n
+        assert await sql(database, "SELECT DISTINCT status::text FROM knowledge_sources") == ["processing"]
 
 
 async def test_requeues_at_once_queue_each_letter_once(database: Database, queue: EmbeddingQueue) -> None:
@@ -672,7 +677,8 @@ async def test_depth_counts_ready_waiting_and_dead(database: Database, queue: Em
     await queue.defer(lease, ids[1:2], MINUTE)
     depth = await queue.depth()
     assert (depth.ready, depth.waiting, depth.dead) == (3, 2, 1)
-    assert depth.oldest_seconds == pytest.approx(90, abs=5)
+    assert depth.oldest_seconds is not None
+    assert 90 <= depth.oldest_seconds < 190
 
 
 # Together
@@ -691,15 +697,18 @@ async def test_two_that_finish_a_source_together_leave_it_completed(
     """The second case is the control: without the lock this interleaving does lose the status."""
     source_id, (a, b) = await add(database, "a", "b")
     recompute = embedding_queue.recompute_status
-    both_have_written = asyncio.Barrier(2)
+    both_have_written, both_have_looked = asyncio.Barrier(2), asyncio.Barrier(2)
 
     async def together(driver: Any, source_ids: Sequence[int]) -> None:
-        # With the lock nobody else comes here: the other waits for the source.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await both_have_written.wait()
+        async def meet(barrier: asyncio.Barrier) -> None:
+            # With the lock nobody else comes here: the other waits for the source.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5 if locked else 30):
+                    await barrier.wait()
+
+        await meet(both_have_written)
         await recompute(driver, source_ids)
-        await asyncio.sleep(0.5)
+        await meet(both_have_looked)
 
     monkeypatch.setattr(embedding_queue, "recompute_status", together)
     if not locked:
@@ -707,7 +716,7 @@ async def test_two_that_finish_a_source_together_leave_it_completed(
     async with Database(migrated_url, settings_for(migrated_url)) as other:
         queues = EmbeddingQueue(database), EmbeddingQueue(other)
         leases = [await queue.claim(1) for queue in queues]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(100):
             await asyncio.gather(*map(complete, queues, leases, ([a], [b])))
     assert await embedded(database) == [a, b]
     assert (await source(database, source_id)).status == status
@@ -725,10 +734,16 @@ async def test_a_source_deleted_in_the_middle_of_a_write_waits_for_it(
     lease = await queue.claim()
     recompute = embedding_queue.recompute_status
     deleting: list[asyncio.Task[None]] = []
+    waiting = (
+        "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+        " WHERE NOT granted AND datname = current_database()"
+    )
 
     async def meanwhile(driver: Any, source_ids: Sequence[int]) -> None:
         deleting.append(asyncio.create_task(delete_source(database, source_id)))
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(30):
+            while await sql(database, waiting) == [0]:  # noqa: ASYNC110  the database tells nobody
+                await asyncio.sleep(0.01)
         await recompute(driver, source_ids)
 
     monkeypatch.setattr(embedding_queue, "recompute_status", meanwhile)
@@ -860,6 +875,8 @@ async def test_only_the_sources_of_what_was_buried_are_blamed(database: Database
 async def test_what_comes_before_the_last_claimed_is_found_a_moment_later(
     database: Database, queue: EmbeddingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # However long this takes.
+    monkeypatch.setattr(embedding_queue, "FRONT_INTERVAL", 3600.0)
     _, ids = await add(database, *"abcdef")
     first = await queue.claim(2)
     # A transaction that began earlier commits only now.

@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from embedding_server import vectors_of
 
+from kotonoha_store import embedders
 from kotonoha_store.columns import check_vectors, pack_vector, unpack_vector
 from kotonoha_store.embedders import (
     HashingEmbedder,
@@ -138,26 +139,23 @@ async def test_hashing_reads_symbols_but_not_punctuation() -> None:
     assert comma @ joined < 0.9
 
 
-async def test_hashing_a_big_batch_does_not_block_the_loop() -> None:
+async def test_hashing_a_big_batch_does_not_block_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"{i}" + "今日は朝から雨が降っていた。" * 30 for i in range(400)]
-    threads: set[str] = set()
-    worst = 0.0
+    began, go_on = threading.Event(), threading.Event()
+    hash_texts = embedders._hash_texts
 
-    async def watch() -> None:
-        nonlocal worst
-        while True:
-            before = time.perf_counter()
+    def watched(texts: list[str]) -> np.ndarray:
+        began.set()
+        assert go_on.wait(30), "the event loop stood still"
+        return hash_texts(texts)
+
+    monkeypatch.setattr(embedders, "_hash_texts", watched)
+    embedding = asyncio.create_task(HashingEmbedder().embed_documents(texts))
+    async with asyncio.timeout(30):
+        while not began.is_set():  # noqa: ASYNC110  set by a thread
             await asyncio.sleep(0.001)
-            worst = max(worst, time.perf_counter() - before)
-            threads.update(t.name for t in threading.enumerate())
-
-    watcher = asyncio.create_task(watch())
-    start = time.perf_counter()
-    await HashingEmbedder().embed_documents(texts)
-    took = time.perf_counter() - start
-    watcher.cancel()
-    assert len(threads) > 1
-    assert worst < took / 2 or took < 0.02
+    go_on.set()
+    assert (await embedding).shape == (400, 1536)
 
 
 # --- SentenceTransformerEmbedder, with a stand-in for the optional extra
@@ -173,9 +171,11 @@ class FakeModel:
     threads: ClassVar[set[str]] = set()
     size: ClassVar[int] = 384
     failure: ClassVar[Exception | None] = None
+    # What its work waits for, in its thread.
+    pace: ClassVar[Callable[[], object]] = staticmethod(lambda: time.sleep(0.05))
 
     def __init__(self, source: str, *, device: str | None = None) -> None:
-        time.sleep(0.05)
+        self.pace()
         if "missing" in source:
             raise OSError("no such model")
         self.loads.append((source, device))
@@ -188,7 +188,7 @@ class FakeModel:
         cls.most_running = max(cls.most_running, cls.running)
         self.threads.add(threading.current_thread().name)
         self.calls.append(list(texts))
-        time.sleep(0.05)
+        self.pace()
         cls.running -= 1
         if self.failure:
             raise self.failure
@@ -222,14 +222,19 @@ async def test_a_broken_extra_is_named(fake: type[FakeModel]) -> None:
 async def test_the_model_is_loaded_once_and_runs_in_one_thread(fake: type[FakeModel]) -> None:
     embedder = SentenceTransformerEmbedder("org/mini", device="cpu")
     assert fake.loads == []
-    ticks = 0
+    ticked = threading.Event()
 
     async def tick() -> None:
-        nonlocal ticks
         while True:
             await asyncio.sleep(0.005)
-            ticks += 1
+            ticked.set()
 
+    def until_the_loop_has_turned() -> None:
+        for _ in range(3):
+            ticked.clear()
+            assert ticked.wait(30), "the event loop stood still"
+
+    fake.pace = staticmethod(until_the_loop_has_turned)
     ticker = asyncio.create_task(tick())
     batches = [[f"{i} a", f"{i} b"] for i in range(4)]
     results = await asyncio.gather(*(embedder.embed_documents(batch) for batch in batches))
@@ -240,7 +245,6 @@ async def test_the_model_is_loaded_once_and_runs_in_one_thread(fake: type[FakeMo
     assert fake.most_running == 1
     assert len(fake.threads) == 1
     assert threading.current_thread().name not in fake.threads
-    assert ticks > 10, "the event loop stood still"
     assert (await embedder.embed_documents([])).shape == (0, 1536)
     await embedder.aclose()
     assert not any(t.name in fake.threads for t in threading.enumerate())
@@ -305,14 +309,22 @@ async def test_a_failure_of_the_model_is_transient(fake: type[FakeModel]) -> Non
 async def test_cancelled_and_closed_local_calls(fake: type[FakeModel]) -> None:
     embedder = SentenceTransformerEmbedder("m")
     await embedder.embed_query("load")
+    go_on = threading.Event()
+    fake.pace = staticmethod(lambda: go_on.wait(30))
     running, waiting = (asyncio.create_task(embedder.embed_query(text)) for text in ("running", "cancelled"))
-    await asyncio.sleep(0.01)
+    async with asyncio.timeout(30):
+        while fake.calls[-1] != ["running"]:  # noqa: ASYNC110  by a thread
+            await asyncio.sleep(0.001)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     late = asyncio.create_task(embedder.embed_query("late"))
     await asyncio.sleep(0.01)
-    await embedder.aclose()
+    closing = asyncio.create_task(embedder.aclose())
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    go_on.set()
+    await closing
     assert (await running).shape == (1536,)
     with pytest.raises(EmbedderConfigurationError, match="closed"):
         await late

@@ -19,16 +19,28 @@ from kotonoha_store import (
     ErrorCode,
     ProviderPause,
     RateLimitedError,
+    embedding_batch,
 )
 from kotonoha_store.embedding_batch import (
     OUTAGE_DELAYS,
     PROBE,
     RATE_LIMIT_DELAY,
     RATE_LIMIT_DELAY_MAX,
-    RATE_LIMIT_DELAY_MIN,
 )
 
 pytestmark = pytest.mark.role("worker")
+
+# Long enough for whatever is looked at while it lasts.
+SHORTEST = timedelta(seconds=45)
+
+
+async def asked_for(database: Database) -> float:
+    """How many seconds the one pause that there is was to last, however much of it is over."""
+    [(seconds,)] = await sql(
+        database, "SELECT extract(epoch FROM paused_until - updated_at)::float FROM embedding_pauses"
+    )
+    return seconds
+
 
 # Rate limits
 
@@ -36,8 +48,8 @@ pytestmark = pytest.mark.role("worker")
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
-        ({"retry-after": "7"}, 7),
-        ({"retry-after": "0"}, RATE_LIMIT_DELAY_MIN.total_seconds()),
+        ({"retry-after": "70"}, 70),
+        ({"retry-after": "0"}, SHORTEST.total_seconds()),
         ({}, RATE_LIMIT_DELAY.total_seconds()),
         ({"retry-after": "soon"}, RATE_LIMIT_DELAY.total_seconds()),
         ({"retry-after": "1e300"}, RATE_LIMIT_DELAY_MAX.total_seconds()),
@@ -49,9 +61,11 @@ async def test_a_rate_limit_puts_off_gives_the_attempt_back_and_stops(
     server: EmbeddingServer,
     queue: EmbeddingQueue,
     embedder: Embedder,
+    monkeypatch: pytest.MonkeyPatch,
     headers: dict[str, str],
     seconds: float,
 ) -> None:
+    monkeypatch.setattr(embedding_batch, "RATE_LIMIT_DELAY_MIN", SHORTEST)
     await add(database, "a", "b", "c")
     server.script(status(429, headers=headers))
     worker = EmbeddingWorker(queue, embedder, batch_size=2, concurrency=1)
@@ -60,7 +74,7 @@ async def test_a_rate_limit_puts_off_gives_the_attempt_back_and_stops(
     assert [job[:3] for job in await jobs(database)] == [(False, 0, "RATE_LIMIT")] * 2 + [(False, 0, None)]
     (pause,) = await queue.pauses()
     assert (pause.provider, pause.failures, pause.error_code) == (embedder.model, 0, "RATE_LIMIT")
-    assert pause.remaining.total_seconds() == pytest.approx(seconds, abs=0.7)
+    assert await asked_for(database) == seconds
     # Nobody claims for it, and whoever asks does not pester it.
     assert (await queue.claim(provider=embedder.model)).chunks == ()
     assert await EmbeddingWorker(queue, embedder).run_until_empty() == EmbeddingReport()
@@ -72,8 +86,7 @@ async def test_any_number_can_be_a_wait(database: Database, queue: EmbeddingQueu
     await add(database, "a")
     worker = EmbeddingWorker(queue, Scripted(raising(RateLimitedError("slow down", retry_after=retry_after))))
     assert await worker.run_once() == EmbeddingReport(claimed=1, deferred=1)
-    (pause,) = await queue.pauses()
-    assert pause.remaining.total_seconds() == pytest.approx(1 if retry_after < 0 else 3600, abs=0.7)
+    assert await asked_for(database) == (1 if retry_after < 0 else 3600)
 
 
 # Configuration
@@ -148,14 +161,13 @@ async def test_an_outage_costs_no_attempts_from_the_third_failure_on(
     assert [texts_of(body) for body in server.requests[3:]] == [[PROBE]]
     pauses = []
     for asked in range(5, 14):
-        (pause,) = await queue.pauses()
-        pauses.append(pause.remaining)
+        pauses.append(await asked_for(database))
         assert (await queue.claim(provider=embedder.model)).chunks == ()
         await later(database)
         assert await worker.run_until_empty() == EmbeddingReport()
         assert len(server.requests) == asked
-    assert [round(pause.total_seconds() / 30 / 2**n) for n, pause in enumerate(pauses[:5])] == [1] * 5
-    assert max(pauses) <= 1.2 * OUTAGE_DELAYS[1]
+    assert [round(pause / 30 / 2**n) for n, pause in enumerate(pauses[:5])] == [1] * 5
+    assert max(pauses) <= 1.2 * OUTAGE_DELAYS[1].total_seconds()
     assert [job[1] for job in await jobs(database)] == [1] * 4 + [0] * 6
 
     server.default = ok
@@ -210,7 +222,7 @@ async def test_a_rate_limit_in_the_answer_to_the_probe_is_kept(
     assert await worker.run_once() == EmbeddingReport()
     (pause,) = await queue.pauses()
     assert (pause.failures, pause.error_code) == (0, "RATE_LIMIT")
-    assert pause.remaining.total_seconds() == pytest.approx(40, abs=2)
+    assert await asked_for(database) == 40
 
 
 async def test_a_provider_that_refuses_even_the_probe_is_not_configured(
@@ -254,7 +266,7 @@ async def test_the_longer_of_two_pauses_counts(queue: EmbeddingQueue) -> None:
         await queue.pause("model", timedelta(seconds=seconds), ErrorCode.RATE_LIMIT)
     pause = await queue.pause_of("model")
     assert pause is not None
-    assert pause.remaining.total_seconds() == pytest.approx(50, abs=2)
+    assert 20 < pause.remaining.total_seconds() <= 50
 
 
 async def test_a_paused_provider_is_not_sent_the_rest_of_its_batch(

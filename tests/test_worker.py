@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,12 @@ from kotonoha_store.embedding_batch import (
 
 pytestmark = pytest.mark.role("worker")
 
+
+def since(started: float) -> float:
+    """How much of a wait may be over by now, and what two clocks may differ by."""
+    return monotonic() - started + 1
+
+
 # What goes right
 
 
@@ -54,7 +61,9 @@ async def test_each_chunk_gets_its_own_vector(
     server.script(reordered)
     report = await EmbeddingWorker(queue, embedder, batch_size=10).run_until_empty()
     assert report == EmbeddingReport(claimed=25, embedded=25)
-    assert sorted(len(texts_of(body)) for body in server.requests) == [5, 10, 10]
+    # Of the rest two may take a part each at the same moment.
+    sizes = [len(texts_of(body)) for body in server.requests]
+    assert (max(sizes), sum(sizes)) == (10, 25)
     await assert_embedded(database, contents)
     assert await sql(database, "SELECT DISTINCT embedding_model FROM knowledge_chunks") == [(embedder.model,)]
     assert await sql(database, "SELECT DISTINCT status::text FROM knowledge_sources") == [("completed",)]
@@ -101,23 +110,30 @@ async def test_workers_share_the_queue(database: Database, queue: EmbeddingQueue
     ],
 )
 async def test_a_passing_failure_counts_and_waits(
-    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, behaviour: Behaviour, code: str
+    database: Database,
+    server: EmbeddingServer,
+    queue: EmbeddingQueue,
+    embedder: Embedder,
+    behaviour: Behaviour,
+    code: str,
 ) -> None:
     contents = [f"text {i}" for i in range(4)]
     await add(database, *contents)
-    server.script(behaviour)
-    embedder = OpenAIEmbedder(base_url=server.base_url, timeout=0.2 if behaviour is hang else 2.0)
-    worker = EmbeddingWorker(queue, embedder)
-    assert await worker.run_until_empty() == EmbeddingReport(claimed=4, failed=4)
-    assert len(server.requests) == 1
+    # By default, not by the script: on a busy machine a call may end before its request has arrived.
+    server.default = behaviour
+    hasty = OpenAIEmbedder(base_url=server.base_url, timeout=0.2 if behaviour is hang else 60.0)
+    started = monotonic()
+    assert await EmbeddingWorker(queue, hasty).run_until_empty() == EmbeddingReport(claimed=4, failed=4)
+    assert len(server.requests) == 1 or (behaviour is hang and not server.requests)
     for leased, attempts, stored_code, wait in await jobs(database):
         assert (leased, attempts, stored_code) == (False, 1, code)
-        assert 0.8 * 60 - 2 <= wait <= 1.2 * 60
+        assert 0.8 * 60 - since(started) <= wait <= 1.2 * 60
+    await hasty.aclose()
 
+    server.default = ok
     await sql(database, "UPDATE embedding_jobs SET available_at = now()")
-    assert await worker.run_until_empty() == EmbeddingReport(claimed=4, embedded=4)
+    assert await EmbeddingWorker(queue, embedder).run_until_empty() == EmbeddingReport(claimed=4, embedded=4)
     await assert_embedded(database, contents)
-    await embedder.aclose()
 
 
 def failing_on(bad: str) -> Behaviour:
@@ -139,11 +155,12 @@ async def test_the_wait_grows_with_the_attempts(
     server.default = failing_on("a")
     worker = EmbeddingWorker(EmbeddingQueue(database, max_attempts=5), embedder, reuse=False)
     for attempt in range(1, 5):
+        started = monotonic()
         await worker.run_once()
         ((_, attempts, _, wait),) = await jobs(database)
         base = BACKOFF[min(attempt, 3) - 1].total_seconds()
         assert attempts == attempt
-        assert 0.8 * base - 2 <= wait <= 1.2 * base
+        assert 0.8 * base - since(started) <= wait <= 1.2 * base
         await embed_another(database, worker)
         await sql(database, "UPDATE embedding_jobs SET available_at = now()")
 
@@ -153,11 +170,13 @@ async def test_the_wait_is_spread(database: Database, queue: EmbeddingQueue) -> 
     waits = set()
     for number in range(40):
         await add(database, f"text {number}")
+        started = monotonic()
         await EmbeddingWorker(queue, Scripted(raising(TransientEmbeddingError("")))).run_once()
+        wait = (await jobs(database))[-1][3]
+        assert 48 - since(started) <= wait <= 72
         await queue.resume(Scripted.model)
-        waits.add(round((await jobs(database))[-1][3] + 0.5))
+        waits.add(round(wait))
     assert len(waits) > 10
-    assert 46 <= min(waits) <= max(waits) <= 73
 
 
 async def test_what_fails_three_times_is_buried_and_its_neighbours_are_not(
@@ -190,13 +209,14 @@ async def test_chunks_of_different_attempts_are_counted_each_on_its_own(
     )
     # With its last attempt it is tried once more without the others.
     server.script(status(500), status(500))
+    started = monotonic()
     assert await worker.run_once() == EmbeddingReport(claimed=3, failed=2, buried=1)
     assert [texts_of(body) for body in server.requests] == [["a", "b", "c"], ["a"]]
     assert await letters(database) == [("a", "EMBEDDING_MAX_RETRIES_EXCEEDED")]
     second, first = await jobs(database)
     assert (second[1], first[1]) == (2, 1)
-    assert 240 - 2 <= second[3] <= 360
-    assert 48 - 2 <= first[3] <= 72
+    assert 240 - since(started) <= second[3] <= 360
+    assert 48 - since(started) <= first[3] <= 72
 
 
 # Texts at fault

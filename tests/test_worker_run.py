@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import settings_for
-from embedding_server import EmbeddingServer, hang, ok, slow, status, texts_of
+from embedding_server import EmbeddingServer, hang, held, ok, status, texts_of
 from numpy.typing import NDArray
 from sqlalchemy import URL, text
 from working import Scripted, add, assert_embedded, jobs, right, sql
@@ -26,9 +26,11 @@ from kotonoha_store import (
     EmbeddingWorker,
     LeaseLostError,
     Message,
+    OpenAIEmbedder,
     Settings,
     Store,
     StoreUnavailableError,
+    service_loop,
 )
 
 pytestmark = pytest.mark.role("worker")
@@ -36,7 +38,13 @@ pytestmark = pytest.mark.role("worker")
 LONG = timedelta(hours=1)
 
 
-async def until(condition: Any, seconds: float = 10) -> None:
+@pytest.fixture(autouse=True)
+def _time_for_the_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy server may take longer to give leases back than a service that ends waits for it."""
+    monkeypatch.setattr(service_loop, "_CLEAN_UP", 60.0)
+
+
+async def until(condition: Any, seconds: float = 30) -> None:
     async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110  the database tells nobody
             await asyncio.sleep(0.02)
@@ -65,7 +73,7 @@ async def test_new_jobs_wake_it_at_once(database: Database, queue: EmbeddingQueu
     async with running(EmbeddingWorker(queue, Scripted(), interval=LONG)) as (task, _):
         for number in range(3):
             await add(database, f"text {number}")
-            await until(lambda: is_done(database), 5)
+            await until(lambda: is_done(database))
         assert not task.done()
 
 
@@ -74,8 +82,11 @@ async def test_without_listen_it_looks_on_the_interval(database: Database, queue
     async with running(worker):
         await asyncio.sleep(1.2)  # its first look is over
         await add(database, "a text")
-        await until(lambda: is_done(database), 3)
-        listening = await sql(database, "SELECT count(*) FROM pg_stat_activity WHERE query ILIKE 'LISTEN%'")
+        await until(lambda: is_done(database))
+        listening = await sql(
+            database,
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query ILIKE 'LISTEN%'",
+        )
         assert listening == [(0,)]
 
 
@@ -103,16 +114,20 @@ async def test_a_wrong_configuration_is_waited_for(
     server.default = status(401)
     worker = EmbeddingWorker(queue, embedder, interval=timedelta(seconds=0.1))
     async with running(worker) as (task, _):
-        await server.until(lambda: len(server.requests) == 1)
+
+        async def is_given_back() -> bool:
+            return [job[:3] for job in await jobs(database)] == [(False, 0, "AUTHENTICATION_ERROR")]
+
+        await until(is_given_back)
         await asyncio.sleep(0.6)
         # One question, however often it looks; nobody else asks either.
         assert len(server.requests) == 1
         assert not task.done()
-        assert [job[:3] for job in await jobs(database)] == [(False, 0, "AUTHENTICATION_ERROR")]
+        assert await is_given_back()
     # Started anew, with the key mended, it does not wait for the pause to end.
     server.default = ok
     async with running(EmbeddingWorker(queue, embedder, interval=LONG)):
-        await until(lambda: is_done(database), 5)
+        await until(lambda: is_done(database))
     assert any(getattr(record, "event", None) == "embedding_not_configured" for record in caplog.records)
 
 
@@ -136,16 +151,19 @@ async def test_a_database_that_is_gone_is_waited_for(
 
 
 async def test_new_jobs_are_embedded_while_another_call_takes_its_time(
-    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, embedder: Embedder
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue
 ) -> None:
     await add(database, "slow")
     server.default = lambda body: hang(body) if "slow" in texts_of(body) else ok(body)
+    # Its time-out is no way out.
+    embedder = OpenAIEmbedder(base_url=server.base_url, timeout=600.0)
     async with running(EmbeddingWorker(queue, embedder, interval=LONG, concurrency=2)) as (task, _):
         await server.until(lambda: server.in_flight)
         for number in range(3):
             await add(database, f"quick {number}")
-            await until(lambda: are_left(database, 1), 1.5)
+            await until(lambda: are_left(database, 1))
         assert not task.done()
+    await embedder.aclose()
 
 
 async def are_left(database: Database, number: int) -> bool:
@@ -158,18 +176,21 @@ async def are_left(database: Database, number: int) -> bool:
 async def test_a_call_longer_than_the_lease_keeps_it(database: Database) -> None:
     queue = EmbeddingQueue(database, lease=timedelta(seconds=0.6))
     await add(database, "a", "b")
-    others: list[int] = []
+    # Nobody else claims: on a busy machine a heartbeat may come too late for a lease that short.
+    end = "SELECT min(available_at) FROM embedding_jobs WHERE lease_token IS NOT NULL HAVING count(*) = 2"
 
     class Slow(Scripted):
         async def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
-            end = monotonic() + 2
-            while monotonic() < end:
-                await asyncio.sleep(0.05)
-                others.extend((await EmbeddingQueue(database).claim()).chunk_ids)
+            [(first,)] = await sql(database, end)
+
+            async def is_kept() -> bool:
+                [(now,)] = await sql(database, end)
+                return now > first + 3 * queue.lease
+
+            await until(is_kept)
             return right(list(texts))
 
-    report = await EmbeddingWorker(queue, Slow()).run_once()
-    assert (report.embedded, others) == (2, [])
+    assert (await EmbeddingWorker(queue, Slow()).run_once()).embedded == 2
 
 
 async def test_a_heartbeat_tells_what_was_lost_and_renews_the_rest(database: Database, queue: EmbeddingQueue) -> None:
@@ -182,7 +203,7 @@ async def test_a_heartbeat_tells_what_was_lost_and_renews_the_rest(database: Dat
     assert raised.value.chunk_ids == (a,)
     of_other, of_ours = await jobs(database)
     assert of_other[3] < 2
-    assert 290 < of_ours[3] <= 300
+    assert 200 < of_ours[3] <= 300
     await queue.heartbeat(lease, [b])
 
 
@@ -192,7 +213,7 @@ async def test_a_heartbeat_waits_for_nobody(database: Database, queue: Embedding
     lease = await queue.claim()
     async with database.begin() as session:
         await session.execute(text(f"SELECT FROM embedding_jobs WHERE chunk_id = {a} FOR UPDATE"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await queue.heartbeat(lease)
     assert [job[:2] for job in await jobs(database)] == [(True, 1), (True, 1)]
 
@@ -212,7 +233,7 @@ async def test_a_heartbeat_that_fails_does_not_stop_the_batch(
 
     class Slow(Scripted):
         async def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while beats:  # noqa: ASYNC110  the heartbeat tells nobody
                     await asyncio.sleep(0.05)
             return right(list(texts))
@@ -254,12 +275,16 @@ async def test_a_stop_lets_running_batches_finish_and_claims_nothing_more(
 ) -> None:
     contents = [f"text {number}" for number in range(20)]
     await add(database, *contents)
-    server.default = slow(0.5)
+    answering = asyncio.Event()
+    server.default = held(answering)
     worker = EmbeddingWorker(queue, embedder, batch_size=2, concurrency=2)
     async with running(worker) as (task, stop):
-        await server.until(lambda: len(server.requests) == 2)
+        await server.until(lambda: server.in_flight == 2)
         stop.set()
-        async with asyncio.timeout(5):
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        answering.set()
+        async with asyncio.timeout(30):
             await task
     assert len(server.requests) == 2
     await assert_embedded(database, server.texts)
@@ -275,10 +300,9 @@ async def test_what_takes_longer_than_the_limit_is_given_back(
     async with running(worker) as (task, stop):
         await server.until(lambda: server.in_flight)
         stop.set()
-        started = monotonic()
-        async with asyncio.timeout(5):
+        # Before the embedder's own limit, and the usual one.
+        async with asyncio.timeout(20):
             await task
-    assert monotonic() - started < 2
     assert [(job[:3], job[3] <= 0) for job in await jobs(database)] == [((False, 0, None), True)] * 2
 
 
@@ -302,13 +326,15 @@ from kotonoha_store import HashingEmbedder, Settings, Store, stop_on_signals
 class Slow(HashingEmbedder):
     async def embed_documents(self, texts):
         print("embedding", flush=True)
-        await asyncio.sleep(1)
+        await self.stop.wait()
+        await asyncio.sleep(0.5)
         return await super().embed_documents(texts)
 
 async def main():
-    async with Store.open(Settings(), embedder=Slow()) as store:
-        with stop_on_signals() as stop:
-            await store.run(stop)
+    embedder = Slow()
+    async with Store.open(Settings(), embedder=embedder) as store:
+        with stop_on_signals() as embedder.stop:
+            await store.run(embedder.stop)
 
 asyncio.run(main())
 """
@@ -327,7 +353,7 @@ async def test_a_process_that_is_told_to_end_leaves_nothing_leased(store: Store,
         sys.executable, "-c", PROCESS, env=environment, stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         assert await process.stdout.readline() == b"embedding\n"
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
@@ -349,7 +375,7 @@ async def test_the_whole_journey_runs_by_itself(settings: Settings, migrated_url
 
         await until(is_embedded)
         stop.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await task
         assert (await store.search("rain", mode="words", everywhere=True)).hits
 
@@ -360,5 +386,5 @@ async def test_an_unexpected_fault_ends_both_loops(store: Store, monkeypatch: py
 
     monkeypatch.setattr(store.queue, "claim", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await store.run()

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import run_sql
 from embedding_server import (
     EmbeddingServer,
     hang,
     status,
 )
 from numpy.typing import NDArray
-from sqlalchemy import text
+from sqlalchemy import URL, text
 from working import Scripted, add, assert_embedded, jobs, raising, right, sql
 
 from kotonoha_store import (
@@ -111,8 +112,9 @@ async def test_a_second_cancellation_does_not_keep_the_lease(
         task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with asyncio.timeout(5):
-        while (await jobs(database))[0][0]:  # noqa: ASYNC110
+    async with asyncio.timeout(30):
+        # Until who gives it back has had the answer, too.
+        while (await jobs(database))[0][0] or database.engine.pool.checkedout():  # type: ignore[attr-defined]  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 
@@ -142,10 +144,17 @@ async def test_a_database_that_is_gone_does_not_swallow_the_cancellation(
         await worker.run_once()
 
 
-async def test_a_locked_source_holds_up_itself_alone_and_costs_no_attempt(settings: Settings) -> None:
+async def wait_for_locks_briefly(url: URL) -> None:
+    """The database's connections from now on: a short time-out for each statement would end those that are slow."""
+    await run_sql(url, f"ALTER DATABASE {url.database} SET lock_timeout = '0.5s'")
+
+
+async def test_a_locked_source_holds_up_itself_alone_and_costs_no_attempt(
+    settings: Settings, migrated_url: URL
+) -> None:
     """The embedder did its work each time; only the write to one source had to wait."""
-    hasty = settings.model_copy(update={"db_command_timeout": 0.5})
-    async with await Database.open(hasty) as database, await Database.open(settings) as other:
+    await wait_for_locks_briefly(migrated_url)
+    async with await Database.open(settings) as database, await Database.open(settings) as other:
         queue = EmbeddingQueue(database)
         worker = EmbeddingWorker(queue, Scripted(), batch_size=10)
         [locked] = await add(database, "locked")
@@ -288,7 +297,9 @@ async def test_no_heartbeat_comes_in_the_middle_of_a_write(database: Database, m
 
     class Slow(Scripted):
         async def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
-            await asyncio.sleep(0.25)
+            async with asyncio.timeout(30):
+                while not beats:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
             return await super().embed_documents(texts)
 
     monkeypatch.setattr(queue, "defer", slow_defer)
@@ -299,9 +310,11 @@ async def test_no_heartbeat_comes_in_the_middle_of_a_write(database: Database, m
     assert not any(beats)
 
 
-async def test_used_up_jobs_of_a_locked_source_do_not_hold_up_those_beside_them(settings: Settings) -> None:
-    hasty = settings.model_copy(update={"db_command_timeout": 0.5})
-    async with await Database.open(hasty) as database, await Database.open(settings) as other:
+async def test_used_up_jobs_of_a_locked_source_do_not_hold_up_those_beside_them(
+    settings: Settings, migrated_url: URL
+) -> None:
+    await wait_for_locks_briefly(migrated_url)
+    async with await Database.open(settings) as database, await Database.open(settings) as other:
         [used_up] = await add(database, "used up")
         await add(database, "free")
         await sql(database, f"UPDATE embedding_jobs SET attempts = 3 WHERE chunk_id = {used_up}")
@@ -322,6 +335,6 @@ async def test_an_embedder_that_hangs_for_ever_has_failed(database: Database, qu
 
     await add(database, "a")
     worker = EmbeddingWorker(queue, Hanging(), call_timeout=timedelta(seconds=0.2))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert await worker.run_until_empty() == EmbeddingReport(claimed=1, failed=1)
     assert [job[:3] for job in await jobs(database)] == [(False, 1, "EMBEDDING_API_TIMEOUT")]
