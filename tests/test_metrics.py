@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Figures:
         self._before = self._scrape()
 
     def _scrape(self) -> Scrape:
-        with urllib.request.urlopen(self._address, timeout=10) as answer:  # noqa: S310  our own
+        with urllib.request.urlopen(self._address, timeout=60) as answer:  # noqa: S310  our own
             exposition = answer.read().decode()
         return {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -78,6 +79,7 @@ def figures(address: str) -> Figures:
 
 
 async def test_a_messages_whole_journey_moves_the_figures(store: Store, figures: Figures) -> None:
+    started = monotonic()
     for number in range(2):
         async with store.begin() as tx:
             await tx.sessions.append(
@@ -100,7 +102,9 @@ async def test_a_messages_whole_journey_moves_the_figures(store: Store, figures:
     assert await figures.queries("sessions.append") == 2
     assert await figures.queries("retrieval.nearest") == 1
     assert await figures.queries("embedding_queue.complete") == 1
-    assert 0 < await figures.change("db_query_duration_seconds_sum", query_type="sessions.append") < 10
+    # In seconds.
+    appending = await figures.change("db_query_duration_seconds_sum", query_type="sessions.append")
+    assert 0 < appending < monotonic() - started
 
 
 async def test_every_figure_has_the_name_that_dashboards_know(figures: Figures) -> None:
@@ -241,7 +245,7 @@ def test_without_the_client_everything_works_and_nothing_is_measured(migrated_ur
         env={**os.environ, "DATABASE_URL": migrated_url.render_as_string(hide_password=False)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
