@@ -61,7 +61,7 @@ class PgBouncer:
         )
 
     def reload(self) -> None:
-        self.process.send_signal(signal.SIGHUP)
+        self._signal(signal.SIGHUP, "got SIGHUP")
 
     def lose_server(self) -> None:
         """As if the server were gone: nothing listens where it is looked for."""
@@ -82,10 +82,19 @@ class PgBouncer:
 
     def pause(self) -> None:
         """Let no client's statement through, as while the server is started again."""
-        self.process.send_signal(signal.SIGUSR1)
+        self._signal(signal.SIGUSR1, "got SIGUSR1")
 
     def resume(self) -> None:
-        self.process.send_signal(signal.SIGUSR2)
+        self._signal(signal.SIGUSR2, "got SIGUSR2")
+
+    def _signal(self, number: signal.Signals, said: str) -> None:
+        """Send it, and wait until it is obeyed: what a client sends then comes after it."""
+        log = self.directory / "log"
+        before, deadline = log.read_text().count(said), time.monotonic() + 30
+        self.process.send_signal(number)
+        while log.read_text().count(said) == before:
+            assert time.monotonic() < deadline, f"pgbouncer does not hear of {number.name}: {log.read_text()}"
+            time.sleep(0.002)
 
 
 def direct(pooled: URL, server: URL) -> URL:
@@ -116,7 +125,7 @@ def pgbouncer(server: URL, **options: str) -> Iterator[PgBouncer]:
         yield found
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -150,7 +159,7 @@ def _owner(server: URL) -> int:
 
 
 async def _answers(pooler: PgBouncer) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     settings = Settings(_env_file=None)
     while True:
         try:

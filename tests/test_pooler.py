@@ -41,7 +41,7 @@ def pooler(server_url: URL) -> Iterator[PgBouncer]:
 @pytest.fixture(scope="module")
 def narrow(server_url: URL) -> Iterator[PgBouncer]:
     """One that has little and says so soon."""
-    with pgbouncer(server_url, default_pool_size="1", max_client_conn="3", query_wait_timeout="1") as pooler:
+    with pgbouncer(server_url, default_pool_size="1", max_client_conn="3", query_wait_timeout="4") as pooler:
         yield pooler
 
 
@@ -189,7 +189,7 @@ async def test_connections_that_the_server_ends_cost_no_more_than_their_own_tran
     pooler: PgBouncer, empty_url: URL
 ) -> None:
     end_all = (
-        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
 
@@ -216,10 +216,11 @@ async def test_a_statement_that_takes_too_long_is_ended_on_the_server(pooler: Pg
             with translated_errors():
                 await session.execute(text("SELECT pg_sleep(60)"))
 
-    async with opened(pooler.url(empty_url.database), db_command_timeout=0.3, db_pool_max_size=1) as database:
+    async with opened(pooler.url(empty_url.database), db_command_timeout=1.0, db_pool_max_size=1) as database:
         with pytest.raises(StoreTimeoutError):
             await too_long(database)
-        await database.ping()
+        async with database.driver() as driver:
+            assert await driver.fetchval("SELECT 1", timeout=60) == 1
     running = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
     assert await fetch_value(empty_url, running) == 0
 
