@@ -29,7 +29,8 @@ def kotonoha(*arguments: str, url: URL | None = None, stdin: str | None = None, 
     """Run ``kotonoha-store`` with these arguments, on this database."""
     if url is not None:
         environment["DATABASE_URL"] = url.render_as_string(hide_password=False)
-    environment = {"KB_EMBEDDER": "hashing", "DB_CONNECT_ATTEMPTS": "1", **environment}
+    # One try, with the time that a busy machine may need; who cannot be reached at all refuses at once.
+    environment = {"KB_EMBEDDER": "hashing", "DB_CONNECT_ATTEMPTS": "1", "DB_CONNECT_TIMEOUT": "60", **environment}
     result = CliRunner().invoke(app, list(arguments), input=stdin, env=environment)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -378,7 +378,7 @@ def other_directory() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="kt"))
     directory.chmod(0o755)
     yield directory
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 async def test_sums_are_the_same_on_every_version_and_no_dump_goes_back(

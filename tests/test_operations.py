@@ -49,7 +49,7 @@ def server() -> Iterator[embedded.EmbeddedServer]:
     server = embedded.start(directory / "pg", version=VERSION)
     yield server
     server.stop()
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
