@@ -5,7 +5,7 @@ import contextlib
 import logging
 import random
 import traceback
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -344,24 +344,27 @@ class EmbeddingBatch:
     async def _run(self) -> EmbeddingReport:
         if self._in_flight is None:
             return await self._embed_packed([_Text(chunk.content, (chunk,)) for chunk in self._lease.chunks])
-        report = await self._reuse(self._lease.chunk_ids)
+        in_flight = self._in_flight
         mine: list[_Text] = []
         others: list[_Text] = []
-        for text in _grouped(self._still_open()):
-            (others if text.content in self._in_flight else mine).append(text)
-        in_flight = self._in_flight
-        with _announced(in_flight, mine):
-            report += await self._embed_packed(mine)
+        for text in _grouped(self._lease.chunks):
+            (others if text.content in in_flight else mine).append(text)
+        # Before the look at what has a vector: what another batch finishes between the two would be paid for again.
+        with _announced(in_flight, mine) as done_with:
+            report = await self._reuse(_chunk_ids(mine))
+            left = _grouped(self._still_open(mine))
+            done_with({text.content for text in mine} - {text.content for text in left})
+            report += await self._embed_packed(left)
         if others:
             # Another batch of this worker is paying for them.
             await asyncio.gather(*(in_flight[text.content].wait() for text in others if text.content in in_flight))
-            report += await self._reuse([chunk.chunk_id for text in others for chunk in text.chunks])
+            report += await self._reuse(_chunk_ids(others))
             # What that one could not embed.
-            report += await self._embed_packed(_grouped(self._still_open()))
+            report += await self._embed_packed(_grouped(self._still_open(others)))
         return report
 
-    def _still_open(self) -> list[ClaimedChunk]:
-        return [chunk for chunk in self._lease.chunks if chunk.chunk_id in self._open]
+    def _still_open(self, texts: Iterable[_Text]) -> list[ClaimedChunk]:
+        return [chunk for text in texts for chunk in text.chunks if chunk.chunk_id in self._open]
 
     async def _reuse(self, chunk_ids: Sequence[int]) -> EmbeddingReport:
         async with self._writing:
@@ -527,16 +530,22 @@ class EmbeddingBatch:
 
 
 @contextlib.contextmanager
-def _announced(in_flight: dict[str, asyncio.Event], texts: Sequence[_Text]) -> Iterator[None]:
-    """Let other batches know that these are being paid for."""
-    done = asyncio.Event()
-    in_flight.update((text.content, done) for text in texts)
+def _announced(
+    in_flight: dict[str, asyncio.Event], texts: Sequence[_Text]
+) -> Iterator[Callable[[Iterable[str]], None]]:
+    """Let other batches know that these are being paid for; what is yielded tells them which are no longer."""
+    mine = {text.content for text in texts}
+    in_flight.update((content, asyncio.Event()) for content in mine)
+
+    def done_with(contents: Iterable[str]) -> None:
+        for content in contents:
+            mine.discard(content)
+            in_flight.pop(content).set()
+
     try:
-        yield
+        yield done_with
     finally:
-        for text in texts:
-            del in_flight[text.content]
-        done.set()
+        done_with(tuple(mine))
 
 
 def _chunk_ids(texts: Iterable[_Text]) -> list[int]:

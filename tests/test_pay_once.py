@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +86,44 @@ async def test_batches_beside_each_other_pay_once(
     report = await EmbeddingWorker(queue, embedder, batch_size=2).run_until_empty()
     assert report == EmbeddingReport(claimed=10, embedded=10, reused=9)
     assert server.texts == ["same"]
+
+
+async def test_a_text_that_is_finished_between_two_looks_is_not_paid_for_again(
+    database: Database, queue: EmbeddingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add(database, "same", "same")
+    reuse, complete = queue.reuse, queue.complete
+    looks = 0
+    second_has_looked, first_is_written = asyncio.Event(), asyncio.Event()
+
+    async def slow_look(*arguments: Any) -> set[int]:
+        nonlocal looks
+        looks += 1
+        is_second = looks == 2
+        known = await reuse(*arguments)
+        if is_second and not known:
+            second_has_looked.set()
+            await first_is_written.wait()
+            await asyncio.sleep(0.1)
+        return known
+
+    async def told(*arguments: Any) -> None:
+        await complete(*arguments)
+        first_is_written.set()
+
+    class Slow(Scripted):
+        async def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await second_has_looked.wait()
+            return await super().embed_documents(texts)
+
+    monkeypatch.setattr(queue, "reuse", slow_look)
+    monkeypatch.setattr(queue, "complete", told)
+    embedder = Slow()
+    report = await EmbeddingWorker(queue, embedder, batch_size=1).run_until_empty()
+    assert report == EmbeddingReport(claimed=2, embedded=2, reused=1)
+    assert embedder.texts == [["same"]]
 
 
 async def test_what_another_batch_could_not_embed_is_tried_again(
