@@ -27,6 +27,8 @@ from kotonoha_store.selectivity import ef_search
 MODEL = "model-a"
 OTHER = "model-b"
 VECTORS = 2_000
+# To build an index takes as long as it takes.
+UNHURRIED = {"db_command_timeout": 600}
 
 
 def clustered(count: int = VECTORS, *, centres: int = 40, seed: int = 1) -> NDArray[np.float32]:
@@ -80,7 +82,7 @@ def clustered_url(server_url: URL, template: URL) -> Iterator[URL]:
 
 @pytest.fixture
 async def clustered_store(clustered_url: URL) -> AsyncIterator[Store]:
-    async with Store.open(settings_for(clustered_url)) as store:
+    async with Store.open(settings_for(clustered_url, **UNHURRIED)) as store:
         yield store
 
 
@@ -93,7 +95,7 @@ def own_url(server_url: URL, clustered_url: URL) -> Iterator[URL]:
 @pytest.fixture
 async def own(own_url: URL) -> AsyncIterator[Store]:
     """The same vectors, to be changed."""
-    async with Store.open(settings_for(own_url)) as store:
+    async with Store.open(settings_for(own_url, **UNHURRIED)) as store:
         yield store
 
 
@@ -172,7 +174,7 @@ async def test_the_figure_is_what_is_measured_by_hand(migrated_url: URL, top_k: 
     """Of the neighbours: that a vector finds itself says nothing."""
     # So few vectors are else compared one by one.
     await run_sql(migrated_url, f"ALTER DATABASE {migrated_url.database} SET enable_seqscan = off")
-    async with Store.open(settings_for(migrated_url)) as store:
+    async with Store.open(settings_for(migrated_url, **UNHURRIED)) as store:
         await check_by_hand(store, top_k)
 
 
@@ -215,7 +217,8 @@ async def test_which_of_two_equals_was_found_is_no_matter(store: Store) -> None:
 
 @pytest.mark.parametrize("top_k", [1, 60, 450, 500])
 async def test_the_effort_is_that_of_a_search(clustered_store: Store, top_k: int) -> None:
-    report = await clustered_store.recall_check(model=MODEL, sample=2, top_k=top_k)
+    # So many neighbours that chance misses no tenth of them.
+    report = await clustered_store.recall_check(model=MODEL, sample=max(2, 100 // top_k), top_k=top_k)
     assert report.ef_search == ef_search(top_k)
     assert min(report.by_ef_search) >= top_k
     assert report.recall > 0.9
@@ -272,12 +275,12 @@ async def test_without_an_embedder_the_model_must_be_named(clustered_store: Stor
 
 
 async def test_a_sample_is_drawn_from_all(clustered_store: Store) -> None:
-    """Not the first that were met: 50 of 2,000 lie around the middle."""
+    """Not the first that were met: 50 of 2,000 lie around the middle. Five standard deviations either way."""
     drawn = await sample(clustered_store, 50)
     assert len(drawn) == 50
-    assert 750 < np.mean(list(drawn)) < 1250
-    assert max(drawn) > 1700
-    assert min(drawn) < 300
+    assert 600 < np.mean(list(drawn)) < 1400
+    assert max(drawn) > 1500
+    assert min(drawn) < 500
     assert drawn != await sample(clustered_store, 50, seed=0.1)
     stored = pack_vectors(clustered())
     assert all(pack_vectors(vector[None].astype(np.float32))[0] == stored[key - 1] for key, vector in drawn.items())
