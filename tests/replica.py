@@ -77,10 +77,15 @@ def pair() -> Iterator[Pair]:
     primary = embedded.start(directory / "pg", version=VERSION, databases=("postgres",))
     try:
         # Copied with the data. Nothing here has to survive the machine.
-        asyncio.run(fetch(make_url(primary.url("postgres")), "ALTER SYSTEM SET fsync = off"))
-        # A checkpoint removes nothing that a standby needs which is stopped or cut off meanwhile.
-        asyncio.run(fetch(make_url(primary.url("postgres")), "ALTER SYSTEM SET wal_keep_size = '1GB'"))
-        asyncio.run(fetch(make_url(primary.url("postgres")), "SELECT pg_reload_conf()"))
+        for statement in (
+            "ALTER SYSTEM SET fsync = off",
+            # A checkpoint removes nothing that a standby needs which is stopped or cut off meanwhile.
+            "ALTER SYSTEM SET wal_keep_size = '1GB'",
+            # What is written, and when, is the tests' own.
+            "ALTER SYSTEM SET autovacuum_naptime = '1d'",
+            "SELECT pg_reload_conf()",
+        ):
+            asyncio.run(fetch(make_url(primary.url("postgres")), statement))
         servers = Pair(primary, directory)
         try:
             yield servers

@@ -438,7 +438,9 @@ async def test_a_transaction_that_was_forgotten(shared: URL, monkeypatch: pytest
     await run_sql(shared, *found["long-transaction"].sql)
     # The server ends it when it comes to it, and the driver hears of that.
     async with asyncio.timeout(30):
-        while await rows(shared, f"SELECT FROM pg_stat_activity WHERE pid = {pid}") or not forgotten.is_closed():
+        while await rows(shared, f"SELECT FROM pg_stat_activity WHERE pid = {pid}"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        while not forgotten.is_closed():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert await bad(shared) == {}
 
