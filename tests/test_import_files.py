@@ -28,6 +28,7 @@ from kotonoha_store.cli.commands import app
 from kotonoha_store.importers import file_paths
 from kotonoha_store.importers.file_paths import find_files
 from kotonoha_store.importers.files import import_files
+from kotonoha_store.importers.report import name
 
 GUIDE = "---\ndate: 2024-05-01\n---\n# Guide\n\n## Install\n\nPump the bilge.\n\n## Use\n\nTurn the capstan.\n"
 PAGE = '<html><head><title>Rain</title></head><body><nav>Home</nav><h2 id="jun">June</h2><p>The monsoon comes.</html>'
@@ -257,7 +258,8 @@ async def test_two_files_of_one_address_do_not_replace_each_other(store: Store, 
     (folder / "page.html").write_text(page)
     (folder / "page (1).html").write_text(page.replace("monsoon", "typhoon"))
     report = await import_files(store, [folder], scope=SCOPE)
-    assert [each.reason for each in report.rejections] == [f"has the same address as {folder / 'page (1).html'}"]
+    first = name(str(folder / "page (1).html"))
+    assert [each.reason for each in report.rejections] == [f"has the same address as {first}"]
     assert (await find(store, "typhoon")).url == "https://e.org/rain#jun"
     # With a base URL the file's own place counts.
     report = await import_files(store, [folder], scope=SCOPE, base_url="https://e.org/saved/")
