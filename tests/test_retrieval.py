@@ -329,14 +329,14 @@ async def test_filters_together_agree_with_a_plain_reading(session: AsyncSession
             threshold: float | None = threshold,
             filters: dict[str, Any] = filters,
         ) -> SearchResult:
-            return await SearchRepository(session).nearest(
+            # Through the index chance would decide what is nearest.
+            return await SearchRepository(session, exact_limit=len(known)).nearest(
                 query,
                 model=MODEL,
                 top_k=top_k,
                 threshold=threshold,
                 filters=SearchFilters(**filters),
                 everywhere=True,
-                # Of everything the index would find nearly all.
                 effort="balanced" if filters else "exact",
             )
 
