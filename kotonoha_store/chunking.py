@@ -64,7 +64,11 @@ class TextPiece:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A message that is not blank: its index, its label (``author: ``), and the tokens of both together."""
+    """A message that is not blank: its index, its label (``author: ``), and the tokens of both and a newline.
+
+    cl100k_base joins nothing to a newline that ends a line, so that the tokens of lines add up, save that the last line
+    of a text has no newline.
+    """
 
     index: int
     role: str
@@ -176,7 +180,7 @@ def _render(index: int, message: Message, max_tokens: int) -> _Line:
     # On one line: a name with a newline in it must not look like another message.
     speaker = " ".join((message.author or "").split()) or " ".join(message.role.split())
     label = _shortened(speaker, max(MIN_TOKENS // 2, max_tokens // 8)) + ": "
-    return _Line(index, message.role, label, message.content, count_tokens(label + message.content))
+    return _Line(index, message.role, label, message.content, count_tokens(f"{label}{message.content}\n"))
 
 
 def _shortened(speaker: str, budget: int) -> str:
@@ -195,8 +199,8 @@ def _by_messages(
     lines: list[_Line], done: int, size: int, overlap: int, max_tokens: int, repeated: int
 ) -> Iterator[ChatPiece]:
     """Yield windows; ``lines[:done]`` need no piece of their own."""
-    # One token for each newline: the estimate decides quickly, the exact count of the window has the last word.
-    ends = list(accumulate((line.tokens + 1 for line in lines), initial=0))
+    # As if each newline were a token of its own: this decides quickly, the count of the window has the last word.
+    ends = list(accumulate((line.tokens for line in lines), initial=0))
 
     def estimate(start: int, end: int) -> int:
         return ends[end] - ends[start] - 1
@@ -206,7 +210,7 @@ def _by_messages(
         return roles == ("user", "assistant") and estimate(answer - 1, answer + 1) <= max_tokens
 
     while done < len(lines):
-        if lines[done].tokens > max_tokens:
+        if _is_too_long(lines[done].text, max_tokens):
             yield from _parts(lines[done], max_tokens, repeated)
             done += 1
             continue
@@ -230,7 +234,13 @@ def _by_messages(
 
 def _window(lines: list[_Line]) -> ChatPiece:
     content = "\n".join(line.text for line in lines)
-    return ChatPiece(content, lines[0].index, lines[-1].index, count_tokens(content))
+    tokens = sum(line.tokens for line in lines[:-1]) + count_tokens(lines[-1].text)
+    return ChatPiece(content, lines[0].index, lines[-1].index, tokens)
+
+
+def _is_too_long(text: str, max_tokens: int) -> bool:
+    # A token has a byte at least.
+    return len(text.encode()) > max_tokens and count_tokens(text) > max_tokens
 
 
 def _parts(line: _Line, max_tokens: int, repeated: int) -> Iterator[ChatPiece]:

@@ -160,7 +160,8 @@ def fold(text: str) -> str:
     Of more than thirty marks on one letter the rest is dropped: putting them in order takes time by the square of
     their number (Unicode Standard Annex 15, "Stream-Safe Text Format").
     """
-    if not text.isascii():
+    # Of more marks in a row than that, one stands at such a place: a look at the others takes long.
+    if not text.isascii() and any(map(unicodedata.combining, text[_MARKS_MAX::_MARKS_MAX])):
         text = _marks().sub(lambda marks: marks.group()[:_MARKS_MAX], text)
     while not text.isascii():
         folded = unicodedata.normalize("NFKC", text).casefold()

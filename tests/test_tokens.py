@@ -64,6 +64,15 @@ def test_cutting_at_a_break_keeps_the_count(text: str) -> None:
         assert count_tokens(text[: match.end()]) + count_tokens(text[match.end() :]) == count_tokens(text)
 
 
+@given(st.lists(ANY_TEXT | WORDS.map("".join)))
+@example(["a  \n\n", "(b)。", "!\r", "c \t"])
+@settings(max_examples=300)
+def test_the_counts_of_lines_add_up(texts: list[str]) -> None:
+    lines = [f"user: {text}" for text in texts] + ["user: "]
+    counted = sum(count_tokens(f"{line}\n") for line in lines[:-1]) + count_tokens(lines[-1])
+    assert counted == count_tokens("\n".join(lines))
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -110,6 +110,9 @@ def test_of_very_many_marks_on_one_letter_thirty_are_kept(marks: str) -> None:
     first = (marks * 30)[:30]
     assert fold(f"か{marks * 100_000}き") == fold(f"か{first}き")
     assert fold(f"か{first[:-1]}き") != fold(f"か{first}き")
+    # Wherever they stand.
+    for before in range(31):
+        assert fold(f"{'x' * before}か{(marks * 31)[:31]}き") == fold(f"{'x' * before}か{first}き")
 
 
 @pytest.mark.parametrize(
