@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import pytest
 from command_line import kotonoha
-from conftest import run_sql, settings_for
+from conftest import RUN, run_sql, settings_for
 from sqlalchemy import URL
 
 from kotonoha_store import Message, Settings, Store
@@ -310,7 +310,7 @@ def test_stats_fills_in_words_and_analyses(migrated_url: URL) -> None:
 
 
 def test_stats_says_which_tables_the_role_may_not_analyse(migrated_url: URL) -> None:
-    role = f"kt_reader_{os.getpid()}"
+    role = f"kt_{RUN}_reader"
     try:
         asyncio.run(
             run_sql(
