@@ -119,8 +119,10 @@ def test_without_bpe_openai_bytes_are_counted(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING):
         assert count_tokens("aé日😀") == 1 + 2 + 3 + 4
         assert count_tokens("\ud800") == 3
-    assert len(caplog.records) == 1
-    assert "bpe_openai" in caplog.text
+    # Whatever the collection of an earlier test's garbage makes others say.
+    said = [record.getMessage() for record in caplog.records if record.name == tokens.__name__]
+    assert len(said) == 1
+    assert "bpe_openai" in said[0]
 
 
 @given(ANY_TEXT)
