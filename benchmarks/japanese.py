@@ -28,10 +28,12 @@ class Corpus:
         return [self._text(chosen, length) for _ in range(count)]
 
     def _text(self, chosen: random.Random, length: int) -> str:
-        text = ""
-        while len(text) < length:
-            text += chosen.choice(self.sentences)
-        return text[:length]
+        parts: list[str] = []
+        missing = length
+        while missing > 0:
+            parts.append(chosen.choice(self.sentences))
+            missing -= len(parts[-1])
+        return "".join(parts)[:length]
 
 
 def read_corpus(path: Path | None) -> Corpus:

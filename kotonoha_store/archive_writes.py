@@ -84,6 +84,9 @@ INSERT INTO chunk_terms (chunk_id, terms, folded) SELECT id, terms, folded FROM 
 """
 
 
+_encode: Final = json.JSONEncoder(ensure_ascii=False).encode
+
+
 class ChunkRow(NamedTuple):
     """A chunk as it is written, and its words."""
 
@@ -116,7 +119,7 @@ def make_rows(snapshot: Snapshot, pieces: Pieces) -> Prepared:
         row = ChunkRow(
             content=chunk.content,
             # Made of checked values.
-            location=json.dumps(chunk.location, ensure_ascii=False),
+            location=_encode(chunk.location),
             token_count=chunk.token_count,
             content_hash=content_hash(chunk.content),
             occurred_from=chunk.occurred_from,

@@ -24,8 +24,9 @@ from kotonoha_store.sessions import DueSession, RequestedSession, SessionReposit
 from kotonoha_store.term_index import refresh_terms
 from kotonoha_store.wakeup import ARCHIVE_CHANNEL, Listener
 
-# Until then a search reads the words of so many sessions one by one.
-_MERGE_AFTER: Final = 100
+# Until then a search reads the words of so many sessions one by one, unless the index merges them before: when they are
+# as many as it may keep (its gin_pending_list_limit). Many at once are merged in less time.
+_MERGE_AFTER: Final = 1000
 
 _LONGEST_IDLE: Final = timedelta(days=36_500)
 
