@@ -32,6 +32,7 @@ class _Pass:
     stop: asyncio.Event
     report: EmbeddingReport = field(default_factory=EmbeddingReport)
     running: int = 0
+    woken: bool = False
     waker: "asyncio.Task[None] | None" = None
     errors: list[Exception] = field(default_factory=list)
 
@@ -206,6 +207,8 @@ class EmbeddingWorker:
         """As long as a batch is running, others are begun beside it when there are jobs; cancelled with the last."""
         while True:
             await listener.wait(self._interval.total_seconds())
+            # One of those that are running may have looked just before the new jobs were there: it looks once more.
+            current.woken = True
             if current.running < self._concurrency and not current.is_over:
                 self._start(group, current)
 
@@ -217,8 +220,11 @@ class EmbeddingWorker:
         """Batch after batch; an error stops the others from claiming, but not in what they have paid for."""
         try:
             while not current.is_over:
+                current.woken = False
                 lease = await self._claim()
                 if not lease.chunks and not lease.buried:
+                    if current.woken:
+                        continue
                     return
                 if lease.chunks and current.running < self._concurrency and not current.is_over:
                     self._start(group, current)

@@ -31,6 +31,7 @@ from kotonoha_store import (
     Store,
     StoreUnavailableError,
     service_loop,
+    wakeup,
 )
 
 pytestmark = pytest.mark.role("worker")
@@ -163,6 +164,40 @@ async def test_new_jobs_are_embedded_while_another_call_takes_its_time(
             await add(database, f"quick {number}")
             await until(lambda: are_left(database, 1))
         assert not task.done()
+    await embedder.aclose()
+
+
+async def test_a_job_that_comes_while_a_claim_finds_nothing_is_claimed(
+    database: Database, server: EmbeddingServer, queue: EmbeddingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its notification is heard when every slot is taken, one of them by that claim."""
+    await add(database, "slow")
+    server.default = lambda body: hang(body) if "slow" in texts_of(body) else ok(body)
+    claim, wait = queue.claim, wakeup.Listener.wait
+    heard = [asyncio.Event(), asyncio.Event()]  # the connection, then the job
+    later = iter(heard)
+
+    async def listen(listener: wakeup.Listener, timeout_seconds: float) -> bool:
+        found = await wait(listener, timeout_seconds)
+        if event := next(later, None):
+            event.set()
+        return found
+
+    async def late(*arguments: Any, **options: Any) -> Any:
+        lease = await claim(*arguments, **options)
+        if not lease.chunks and not heard[1].is_set():
+            await heard[0].wait()
+            await add(database, "quick")
+            await heard[1].wait()
+        return lease
+
+    monkeypatch.setattr(wakeup.Listener, "wait", listen)
+    monkeypatch.setattr(queue, "claim", late)
+    embedder = OpenAIEmbedder(base_url=server.base_url, timeout=600.0)
+    async with running(EmbeddingWorker(queue, embedder, interval=LONG, concurrency=2)):
+        async with asyncio.timeout(30):
+            await heard[1].wait()
+        await until(lambda: are_left(database, 1))
     await embedder.aclose()
 
 
