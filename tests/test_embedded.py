@@ -513,6 +513,22 @@ def test_databases_created_in_a_race(data_dir: Path) -> None:
     server.stop()
 
 
+def test_a_server_that_stands_still_for_a_while_is_the_one_that_runs(data_dir: Path) -> None:
+    server = start(data_dir)
+    process = server_process(data_dir)
+    process.suspend()
+    # Longer than pg_isready waits by itself.
+    going_on = threading.Timer(4.5, process.resume)
+    going_on.start()
+    try:
+        again = start(data_dir)
+        assert again.url("postgres") == server.url("postgres")
+        again.stop()
+    finally:
+        going_on.join()
+        server.stop()
+
+
 def test_scram_password(data_dir: Path) -> None:
     server = start(data_dir)
 
