@@ -560,3 +560,21 @@ async def test_many_chunks_of_one_session(database: Database) -> None:
     assert report.chunks == len(rows) == 300
     assert [row.location["chunk_index"] for row in rows] == list(range(300))
     assert {row.location["total_chunks"] for row in rows} == {300}
+
+
+async def test_words_are_merged_every_so_many_sessions_and_at_the_end(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kotonoha_store.archiver._MERGE_AFTER", 2)
+    for number in range(5):
+        await append(database, f"key {number}", talk(6))
+    mine = archiver(database, concurrency=1)
+    merge, archived = mine._refresh_terms, []
+
+    async def counted() -> None:
+        await merge()
+        archived.append(len(await sources(database)))
+
+    monkeypatch.setattr(mine, "_refresh_terms", counted)
+    assert (await mine.run_once(timedelta(0))).archived == 5
+    assert archived == [2, 4, 5]
